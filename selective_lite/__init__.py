@@ -1,0 +1,50 @@
+"""selective_lite: choose a few of a pretrained model's own weights, and train only those.
+
+Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship* the difference as one small file.
+"""
+
+from .delta import Delta, DeltaError, diff, load
+from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
+from .ledger import ledger
+from .masked import masked
+from .params import head_weights, resolve_budget, snapshot, weights
+from .scores import gradient_magnitude, magnitude, model_loss, movement, squared_gradient, taylor, uniform
+from .select import Selection, random_nonzero, rule, select, shuffled
+from .train import Phase, constant, dense, fit, fixed_mask, linear_decay
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Delta",
+    "DeltaError",
+    "HardConcrete",
+    "Phase",
+    "Selection",
+    "constant",
+    "dense",
+    "deterministic_gate",
+    "diff",
+    "fit",
+    "fixed_mask",
+    "gradient_magnitude",
+    "hard_concrete",
+    "head_weights",
+    "ledger",
+    "linear_decay",
+    "load",
+    "magnitude",
+    "masked",
+    "model_loss",
+    "movement",
+    "open_probability",
+    "random_nonzero",
+    "resolve_budget",
+    "rule",
+    "select",
+    "shuffled",
+    "snapshot",
+    "squared_gradient",
+    "taylor",
+    "uniform",
+    "weights",
+]

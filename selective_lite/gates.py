@@ -1,0 +1,115 @@
+"""Hard-Concrete gates: a gate z in [0, 1] that is exactly 0 or 1 with positive probability, and has a gradient.
+
+Source: Louizos, Welling and Kingma 2018, "Learning sparse neural networks through L0 regularization".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Stretch = tuple[float, float]
+EPS = 1e-6  # u is kept in [EPS, 1 - EPS], as in the authors' code: log u must be finite
+
+
+def check_stretch(stretch: Stretch) -> None:
+    """Raise a `ValueError` unless l < 0 and r > 1: only then are 0 and 1 reached with positive probability."""
+    left, right = stretch
+    if not (left < 0 and right > 1):
+        raise ValueError(f"stretch={tuple(stretch)} must have l < 0 and r > 1, e.g. (-0.1, 1.1)")
+
+
+def _check_beta(beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be positive; 2/3 is the authors' temperature")
+
+
+def hard_concrete(
+    log_alpha: Tensor, u: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1), eps: float = EPS
+) -> Tensor:
+    """A sample of the gate (Louizos et al. 2018, eq. 10 and 11).
+
+    Parameters
+    ----------
+    log_alpha
+        Location, any shape, floating point.
+    u
+        Uniform noise in [0, 1], same shape; clamped to [eps, 1 - eps].
+    beta
+        Temperature, > 0. Diff Pruning uses 1.
+    stretch
+        (l, r) with l < 0 and r > 1. Diff Pruning uses (-1.5, 1.5).
+    eps
+        Bound on `u`; Diff Pruning's code uses 1e-4.
+
+    Returns
+    -------
+    Tensor
+        z in [0, 1], shape and dtype of `log_alpha`. Its gradient is zero where z is 0 or 1.
+
+    Raises
+    ------
+    ValueError
+        If `stretch` or `beta` is outside its range.
+    """
+    check_stretch(stretch)
+    _check_beta(beta)
+    left, right = stretch
+    # (eq-concrete)  s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
+    s = torch.sigmoid((torch.logit(u, eps) + log_alpha) / beta)
+    # (eq-stretch)   s_bar = s (r - l) + l,   z = min(1, max(0, s_bar))
+    return (s * (right - left) + left).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1)) -> Tensor:
+    """P(z != 0), the expected L0 norm in closed form (Louizos et al. 2018, eq. 12); arguments as `hard_concrete`."""
+    check_stretch(stretch)
+    _check_beta(beta)
+    left, right = stretch
+    # (eq-open)  P(z != 0) = sigmoid(log_alpha - beta log(-l / r))
+    return torch.sigmoid(log_alpha - beta * math.log(-left / right))
+
+
+def deterministic_gate(log_alpha: Tensor, *, stretch: Stretch = (-0.1, 1.1)) -> Tensor:
+    """The gate at test time, without noise and without beta (Louizos et al. 2018, eq. 13)."""
+    check_stretch(stretch)
+    left, right = stretch
+    # (eq-deterministic)  z = min(1, max(0, sigmoid(log_alpha)(r - l) + l))
+    return (torch.sigmoid(log_alpha) * (right - left) + left).clamp(0, 1)
+
+
+class HardConcrete(nn.Module):
+    """A tensor of gates with a trainable location: noisy in training mode, deterministic in evaluation mode.
+
+    Parameters
+    ----------
+    shape
+        Shape of the gates.
+    beta, stretch
+        As in `hard_concrete`.
+    log_alpha
+        Initial location of every gate.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1), log_alpha: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_stretch(stretch)
+        _check_beta(beta)
+        self.beta, self.stretch = beta, stretch
+        self.log_alpha = nn.Parameter(torch.full(tuple(shape), log_alpha))
+
+    def forward(self, generator: torch.Generator | None = None) -> Tensor:
+        """The gates: a sample (noise from `generator`, a CPU generator) in training mode, else `deterministic_gate`."""
+        if not self.training:
+            return deterministic_gate(self.log_alpha, stretch=self.stretch)
+        u = torch.rand(self.log_alpha.shape, generator=generator, device="cpu").to(self.log_alpha)
+        return hard_concrete(self.log_alpha, u, beta=self.beta, stretch=self.stretch)
+
+    def expected_l0(self) -> Tensor:
+        """The expected number of gates that are not zero, a scalar."""
+        return open_probability(self.log_alpha, beta=self.beta, stretch=self.stretch).sum()

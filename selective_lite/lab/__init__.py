@@ -1,0 +1,22 @@
+"""What the book stands on: assets, models, tasks, progress, plots and explorers."""
+
+from . import explorers, plots, results
+from .device import device, seed_everything
+from .equations import check
+from .models import load_classifier
+from .progress import History, track
+from .tasks import evaluate, load_task
+
+__all__ = [
+    "History",
+    "check",
+    "device",
+    "evaluate",
+    "explorers",
+    "load_classifier",
+    "load_task",
+    "plots",
+    "results",
+    "seed_everything",
+    "track",
+]

@@ -1,0 +1,163 @@
+"""Results: long runs kept as rows, each with what made it, so that a stale row can be told from a current one."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import importlib.resources
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Row = dict[str, Any]
+PACKAGE = Path(__file__).resolve().parents[1]
+CHECKOUT = PACKAGE.parent / "results"
+# What a run's numbers follow from: the library and the tasks, not the pages, plots and readers of results.
+SOURCES = ("*.py", "methods/*.py", "lab/models.py", "lab/tasks.py", "lab/experiments.py")
+APART = ("__init__.py", "delta.py", "ledger.py", "freezing.py")  # of these, no run's numbers follow
+
+
+def read(name: str) -> list[Row]:
+    """The rows of ``results/<name>.json``, from the checkout or from the installed package; [] if there are none."""
+    if (CHECKOUT / f"{name}.json").is_file():
+        return json.loads((CHECKOUT / f"{name}.json").read_text())
+    packaged = importlib.resources.files("selective_lite") / "rows" / f"{name}.json"
+    return json.loads(packaged.read_text()) if packaged.is_file() else []
+
+
+def library_hash() -> str:
+    """SHA-256 of the code that results follow from; comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in PACKAGE.glob(pattern) if path.name not in APART):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+                node.body = body[1:]  # type: ignore[attr-defined]
+        digest.update(f"{path.relative_to(PACKAGE)}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def stale(rows: Iterable[Row]) -> list[Row]:
+    """The rows that other code than today's has made."""
+    today = library_hash()
+    return [row for row in rows if row["library"] != today]
+
+
+def run_missing(name: str, configs: Iterable[Mapping[str, Any]], run: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
+    """Run every config that has no current row, and keep each row as soon as it is there.
+
+    A killed run costs one row. Rows of other configs, or of other code, are replaced at the end.
+
+    Parameters
+    ----------
+    name
+        Of the file ``results/<name>.json``.
+    configs
+        JSON-able mappings; a config is the identity of its row.
+    run
+        ``config -> result``, a JSON-able dict.
+
+    Returns
+    -------
+    list of dict
+        One row a config: ``config``, the result's own keys, ``seconds``, ``device``, ``threads``, ``versions``,
+        ``library``.
+    """
+    wanted = [json.loads(json.dumps(dict(config))) for config in configs]
+    today = library_hash()
+    old = read(name)
+    rows = [row for row in old if row["config"] in wanted and row["library"] == today]
+    for number, config in enumerate(wanted, 1):
+        if any(row["config"] == config for row in rows):
+            continue
+        start = time.perf_counter()
+        result = run(config)
+        rows.append(
+            {
+                "config": config,
+                **result,
+                "seconds": round(time.perf_counter() - start, 1),
+                "device": _device(),
+                "threads": torch.get_num_threads(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "library": today,
+            }
+        )
+        write(name, rows)
+        print(f"{name} {number}/{len(wanted)}: {_brief(config)} {_brief(result)}", file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: wanted.index(row["config"]))
+    write(name, rows)
+    return rows
+
+
+def write(name: str, rows: list[Row]) -> None:
+    """Replace ``results/<name>.json``, complete or not at all."""
+    CHECKOUT.mkdir(exist_ok=True)
+    scratch = CHECKOUT / f".{name}.json"
+    scratch.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    os.replace(scratch, CHECKOUT / f"{name}.json")
+
+
+def pack(correct: torch.Tensor) -> str:
+    """A boolean vector as text, one bit an example."""
+    return base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
+
+
+def unpack(text: str, count: int) -> np.ndarray:
+    """The boolean vector of length `count` that `pack` wrote."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(bool)
+
+
+def paired_difference(
+    ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference in accuracy between paired runs, and its bootstrap 95 % interval.
+
+    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the test examples that all share.
+
+    Parameters
+    ----------
+    ours, theirs
+        Per-example correctness, one boolean vector a seed, in the same order of seeds and examples.
+
+    Returns
+    -------
+    tuple
+        ``(difference, low, high)``, as fractions of one.
+    """
+    difference = np.stack([a.astype(float) - b.astype(float) for a, b in zip(ours, theirs, strict=True)])
+    seeds, examples = difference.shape
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        runs = generator.integers(seeds, size=seeds)
+        weight = np.bincount(generator.integers(examples, size=examples), minlength=examples)
+        means[draw] = (difference[runs].mean(0) * weight).sum() / examples
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
+
+
+def _brief(mapping: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{key}={value}"
+        for key, value in mapping.items()
+        if isinstance(value, (int, float, str)) and len(str(value)) < 30
+    )

@@ -1,0 +1,304 @@
+"""Masked training: the selected weights become compact parameters, and no dense weight gradient is ever formed.
+
+The paper's line is ``P <- P - lr * (grad P * M)``. Zeroing gradients under a dense optimizer leaks (weight decay, stale
+momentum, clipping) and saves no memory. Here the k selected weights of a tensor are one vector, a leaf that lives in
+the module; the dense tensor stays in place, frozen, and takes the vector's values before every forward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .params import owners, starts_with
+from .select import Selection
+
+SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
+
+
+class masked:
+    """Train only a selection (and some whole tensors); leaving restores an ordinary model.
+
+    Inside, ``model.parameters()`` that require gradients are the compact vectors and the `dense` tensors, so that any
+    optimizer, ``clip_grad_norm_``, ``zero_grad`` and a gradient scaler see them as usual. Selected weights of
+    ``nn.Linear``, ``nn.Embedding`` and Hugging Face's ``Conv1D`` get sampled gradients; a tensor selected whole trains
+    as it is; selected entries of small tensors (vectors: biases, norms) gather theirs from the dense gradient.
+
+    Parameters
+    ----------
+    model
+        The model, changed in place until the context is left (or `close` is called).
+    selection
+        Which weights are trained.
+    dense
+        Names or prefixes of parameters that are trained whole beside it, such as the task head.
+
+    Raises
+    ------
+    ValueError
+        If the selection names an unknown tensor or another shape, if `dense` names nothing or overlaps with the
+        selection, or if a selected matrix belongs to a module without a sampled gradient. The model is unchanged.
+
+    Examples
+    --------
+    >>> with masked(model, selection, dense=("classifier",)):
+    ...     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    ...     ...  # any training loop
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection, dense: Sequence[str] = ()) -> None:
+        named = dict(model.named_parameters())
+        places = owners(model)
+        dense_names = _dense_names(named, (dense,) if isinstance(dense, str) else dense)
+        for name, positions in selection.indices.items():
+            _check(name, positions, selection.shapes[name], named, places, dense_names)
+
+        self.model, self.selection = model, selection
+        self._flags = {name: p.requires_grad for name, p in named.items()}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._compact: dict[str, nn.Parameter] = {}
+        self._dense = [named[name] for name in dense_names]
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in dense_names)
+            parameter.grad = None
+        for name, positions in selection.indices.items():
+            if len(positions) == named[name].numel():  # a whole tensor trains as it is
+                named[name].requires_grad_(True)
+                self._compact[name] = named[name]
+                continue
+            index = positions.to(named[name].device)
+            values = named[name].detach().reshape(-1)[index]
+            self._compact[name] = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)))
+            self._places[name] = places[name]
+            for module, attribute in places[name]:
+                module.register_parameter(attribute + SUFFIX, self._compact[name])
+                module.register_buffer(attribute + SUFFIX + "_index", index, persistent=False)
+                module.__class__ = _masked_class(type(module), attribute)  # type: ignore[arg-type]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the selection trains: a compact vector (or a whole tensor) for every tensor of the selection."""
+        return list(self._compact.values())
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """What is trained whole beside the selection."""
+        return list(self._dense)
+
+    def close(self) -> None:
+        """Write the trained values into the weights and make the model an ordinary one again; twice does nothing."""
+        for places in self._places.values():
+            for module, attribute in places:
+                write_selected(module, attribute)
+                module.__class__ = type(module).base  # type: ignore[attr-defined]
+                delattr(module, attribute + SUFFIX)
+                delattr(module, attribute + SUFFIX + "_index")
+        for name, parameter in self.model.named_parameters():
+            if name in self._flags:
+                parameter.requires_grad_(self._flags[name])
+        self._places, self._flags = {}, {}
+
+    def __enter__(self) -> masked:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _dense_names(named: dict[str, nn.Parameter], prefixes: Sequence[str]) -> set[str]:
+    for prefix in prefixes:
+        if not any(starts_with(name, (prefix,)) for name in named):
+            raise ValueError(f"dense names {prefix!r}, which is no parameter or prefix of this model")
+    return {name for name in named if starts_with(name, prefixes)}
+
+
+def _check(
+    name: str,
+    positions: Tensor,
+    shape: tuple[int, ...],
+    named: dict[str, nn.Parameter],
+    places: dict[str, list[tuple[nn.Module, str]]],
+    dense: set[str],
+) -> None:
+    if name not in named:
+        raise ValueError(f"selection names {name!r}, which is no parameter of this model (or a tied one's second name)")
+    if tuple(named[name].shape) != tuple(shape):
+        raise ValueError(f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(named[name].shape)}")
+    if name in dense:
+        raise ValueError(f"dense and selection both name {name!r}; train it one way")
+    if len(positions) == prod(shape):
+        return
+    for module, attribute in places[name]:
+        if hasattr(module, attribute + SUFFIX):
+            raise ValueError(f"model is already in masked training ({name!r}); leave that first")
+        if len(shape) > 1 and not (attribute == "weight" and _product(type(module)) is not None):
+            raise ValueError(
+                f"selection[{name!r}] is part of a {type(module).__name__}, which has no sampled gradient; select it "
+                "whole, or only weights of nn.Linear, nn.Embedding and Conv1D"
+            )
+        if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
+            raise ValueError(f"selection[{name!r}] is an embedding with max_norm or sparse gradients; unset these")
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(f"selection[{name!r}] is an embedding with scale_grad_by_freq; unset it")
+
+
+def write_selected(module: nn.Module, attribute: str) -> None:
+    """Copy the compact vector into its dense tensor. `.data` keeps autograd's version of a weight that was saved."""
+    dense = module._parameters[attribute].data  # type: ignore[union-attr]
+    values = module._parameters[attribute + SUFFIX].data  # type: ignore[union-attr]
+    dense.view(-1)[getattr(module, attribute + SUFFIX + "_index")] = values.to(dense.dtype)
+
+
+def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
+    """The forward with a sampled weight gradient for a module class, or None where there is none."""
+    if cls.__name__.startswith("Masked"):
+        cls = cls.base  # type: ignore[attr-defined]
+    if cls is nn.Linear:
+        return lambda module, input: _SelectedLinear.apply(input, *_selected(module), module.bias, False)
+    if cls is nn.Embedding:
+        return lambda module, input: _SelectedEmbedding.apply(input, *_selected(module), module.padding_idx)
+    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
+        return lambda module, x: _SelectedLinear.apply(x, *_selected(module), module.bias, True)
+    return None
+
+
+def _selected(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    write_selected(module, "weight")
+    return tuple(getattr(module, "weight" + part) for part in ("", SUFFIX, SUFFIX + "_index"))
+
+
+@cache
+def _masked_class(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
+    """A subclass of `cls` whose `attribute` is partly selected. A class, unlike a hook, survives `deepcopy`."""
+    members: dict[str, object] = {"base": cls, "__module__": cls.__module__}
+    product = _product(cls)
+    if attribute == "weight" and product is not None:
+        members["forward"] = product
+    else:
+        members[attribute] = property(lambda module: _scattered(module, attribute))
+    return type("Masked" + cls.__name__.removeprefix("Masked"), (cls,), members)
+
+
+def _scattered(module: nn.Module, attribute: str) -> Tensor:
+    write_selected(module, attribute)
+    index = getattr(module, attribute + SUFFIX + "_index")
+    return _Scatter.apply(module._parameters[attribute], module._parameters[attribute + SUFFIX], index)
+
+
+class _Scatter(torch.autograd.Function):
+    """A small dense tensor whose gradient goes to its selected entries."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(values, index)
+        return dense.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, index = ctx.saved_tensors
+        return None, grad.reshape(-1)[index].to(values.dtype), None
+
+
+class _SelectedLinear(torch.autograd.Function):
+    """y = x W^T + b (Conv1D: y = x W + b) with the gradient of W at its selected positions only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, transposed: bool
+    ) -> Tensor:
+        y = functional.linear(x, weight.t() if transposed else weight, bias)
+        ctx.transposed, ctx.has_bias = transposed, bias is not None
+        # Under autocast y has the compute dtype: keep x in it, as the dense product would. Saving `values` lets
+        # autograd see an optimizer step between forward and backward.
+        ctx.save_for_backward(x if x.dtype == y.dtype else x.to(y.dtype), weight, values, index)
+        ctx.x_dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, values, index = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            dense = weight.to(grad.dtype)
+            grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
+        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            left, right = (x_rows, grad_rows) if ctx.transposed else (grad_rows, x_rows)
+            grad_values = sampled_product(left, right, index).to(values.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[4]:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, None, grad_values, None, grad_bias, None
+
+
+class _SelectedEmbedding(torch.autograd.Function):
+    """Rows of a table, with the gradient of the table at its selected positions only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Tensor, padding_idx: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids, values, index)
+        ctx.width, ctx.padding_idx = weight.shape[1], padding_idx
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ids, values, index = ctx.saved_tensors
+        seen, slot = ids.reshape(-1).unique(return_inverse=True)
+        grad = grad.reshape(-1, ctx.width).to(torch.promote_types(grad.dtype, torch.float32))
+        rows = grad.new_zeros(len(seen), ctx.width).index_add_(0, slot, grad)
+        if ctx.padding_idx is not None:
+            rows[seen == ctx.padding_idx] = 0
+        row = index.div(ctx.width, rounding_mode="floor")
+        place = torch.searchsorted(seen, row).clamp_(max=len(seen) - 1)
+        grad_values = rows[place, index % ctx.width] * (seen[place] == row)
+        return None, None, grad_values.to(values.dtype), None, None
+
+
+def sampled_product(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """Entries of ``left.T @ right`` at sorted flat row-major positions, without the other entries.
+
+    Parameters
+    ----------
+    left, right
+        (T, rows) and (T, columns), floating point; half precision is summed in float32.
+    index
+        Positions in (rows, columns), int64, strictly increasing, on the same device.
+
+    Returns
+    -------
+    Tensor
+        One value a position, float32, or float64 for float64 operands.
+    """
+    precise = torch.promote_types(left.dtype, torch.float32)
+    left, right = left.to(precise), right.to(precise)
+    rows, columns = left.shape[1], right.shape[1]
+    row, column = index.div(columns, rounding_mode="floor"), index % columns
+    if left.device.type not in ("cpu", "cuda"):  # sampled_addmm has no kernel there
+        pairs = zip(row.split(4096), column.split(4096), strict=True)
+        return torch.cat([(left[:, r] * right[:, c]).sum(0) for r, c in pairs])
+    _silence_sparse_warning()
+    starts = torch.searchsorted(row, torch.arange(rows + 1, device=index.device))
+    zeros = torch.zeros(len(index), dtype=precise, device=index.device)
+    pattern = torch.sparse_csr_tensor(starts, column, zeros, (rows, columns), check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0).values()
+
+
+@cache
+def _silence_sparse_warning() -> None:
+    """Torch warns once a process that CSR tensors are in beta; the first one is made here, unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+        starts = torch.zeros(2, dtype=torch.int64, device="cpu")
+        torch.sparse_csr_tensor(starts, empty, empty.float(), (1, 1), check_invariants=False)
+
+
+def compact_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The compact vectors of a model in masked training, ``(name, vector)``, each once."""
+    return ((name, p) for name, p in model.named_parameters() if name.endswith(SUFFIX))

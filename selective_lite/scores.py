@@ -1,0 +1,223 @@
+"""Scores: one number for every candidate weight, the larger the more worth training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .params import check_names, weights
+
+Scores = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss that a Hugging Face model computes itself, a scalar: ``model(**batch).loss``."""
+    return model(**batch).loss
+
+
+def magnitude(model: nn.Module, head: Sequence[str] | None = None) -> Scores:
+    """|w| for every candidate, in the weight's shape and dtype; ``select(..., largest=False)`` takes the small ones."""
+    return {name: p.detach().abs() for name, p in weights(model, head).items()}
+
+
+def movement(model: nn.Module, start: Mapping[str, Tensor], head: Sequence[str] | None = None) -> Scores:
+    """|theta - theta0|, how far training moved each weight (Ansell et al. 2022, LT-SFT).
+
+    Parameters
+    ----------
+    model
+        The trained model, theta.
+    start
+        Its `snapshot` before training, theta0.
+    head
+        As in `weights`.
+
+    Raises
+    ------
+    ValueError
+        If `start` lacks a candidate, or holds it in another shape.
+    """
+    candidates = weights(model, head)
+    check_names(candidates, start, "model")
+    for name, p in candidates.items():
+        if start[name].shape != p.shape:
+            raise ValueError(f"start[{name!r}] has shape {tuple(start[name].shape)}, the model {tuple(p.shape)}")
+    return {name: (p.detach() - start[name]).abs() for name, p in candidates.items()}
+
+
+def uniform(model: nn.Module, seed: int, head: Sequence[str] | None = None) -> Scores:
+    """The control: uniform random scores in (0, 1), float32 on CPU, a function of `seed` and the shapes alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 1 - torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")  # rand is in [0, 1)
+        for name, p in weights(model, head).items()
+    }
+
+
+def squared_gradient(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    reduction: Literal["per_sample", "batch"] = "per_sample",
+    labels: Literal["given", "model"] = "given",
+    loss: Loss = model_loss,
+    head: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Sum of squared gradients, the diagonal Fisher information times the number of samples.
+
+    ``"per_sample"`` sums (dL_i/dw)^2 over samples (Sung et al. 2021, FISH); ``"batch"`` sums the square of each
+    batch's mean gradient, which is what the code of SPT and Child-Tuning-D computes.
+
+    Parameters
+    ----------
+    model
+        The model, scored in evaluation mode; mode, gradients and ``requires_grad`` are put back.
+    batches
+        Mappings of tensors whose first dimension is the sample.
+    reduction
+        What is squared: each sample's gradient, or each batch's mean gradient.
+    labels
+        ``"given"`` uses the batch's ``labels`` (empirical Fisher); ``"model"`` draws them from ``softmax(logits)``
+        (true Fisher, by sampling).
+    loss
+        ``(model, batch) -> scalar``, a mean over samples.
+    head
+        As in `weights`.
+    seed
+        Seed of the CPU generator that draws labels.
+
+    Returns
+    -------
+    dict
+        Non-negative scores in each weight's shape and dtype, on its device.
+
+    Raises
+    ------
+    ValueError
+        For an unknown option, no batch, a non-finite score, or scores that are all zero.
+    """
+    _one_of("reduction", reduction, ("per_sample", "batch"))
+    _one_of("labels", labels, ("given", "model"))
+    generator = torch.Generator().manual_seed(seed)
+
+    def parts() -> Iterator[Batch]:
+        for batch in batches:
+            if labels == "model":
+                batch = {**batch, "labels": _drawn_labels(model, batch, generator)}
+            yield from _samples(batch) if reduction == "per_sample" else (batch,)
+
+    return _accumulate(model, parts(), loss, head, torch.square)
+
+
+def gradient_magnitude(
+    model: nn.Module, batches: Iterable[Batch], *, loss: Loss = model_loss, head: Sequence[str] | None = None
+) -> Scores:
+    """|sum of the batches' mean gradients|, the full gradient's size; arguments, errors as in `squared_gradient`."""
+    total = _accumulate(model, batches, loss, head, lambda g: g)
+    return {name: g.abs_() for name, g in total.items()}
+
+
+def taylor(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    order: Literal[1, 2] = 1,
+    loss: Loss = model_loss,
+    head: Sequence[str] | None = None,
+) -> Scores:
+    """How much the loss would change if a weight were set to zero, by Taylor expansion.
+
+    Order 1 is |g w| with the full gradient g (Molchanov et al. 2019). Order 2 is |-g w + h w^2 / 2| with the diagonal
+    empirical Fisher as h (LeCun et al. 1990, with Fisher for the Hessian); g and h are means over samples.
+    Arguments and errors as in `squared_gradient`.
+    """
+    _one_of("order", order, (1, 2))
+    candidates = weights(model, head)
+    if order == 1:
+        gradient = _accumulate(model, batches, loss, head, lambda g: g)
+        return {name: (gradient[name] * p.detach()).abs_() for name, p in candidates.items()}
+    samples = [sample for batch in batches for sample in _samples(batch)]
+    g = _accumulate(model, samples, loss, head, lambda g: g / len(samples))
+    h = _accumulate(model, samples, loss, head, lambda g: g.square() / len(samples))
+    return {name: (h[name] * p.detach() / 2 - g[name]).mul_(p.detach()).abs_() for name, p in candidates.items()}
+
+
+def _one_of(argument: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is unknown; choose one of {allowed}")
+
+
+def _samples(batch: Batch) -> Iterator[Batch]:
+    size = len(next(iter(batch.values())))
+    return ({key: value[i : i + 1] for key, value in batch.items()} for i in range(size))
+
+
+@torch.no_grad()
+def _drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    probabilities = logits.float().softmax(-1).cpu()
+    drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]), 1, generator=generator)
+    return drawn.reshape(probabilities.shape[:-1]).to(logits.device)
+
+
+@contextmanager
+def _scoring(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode with gradients for `parameters` only; every module's mode and every flag is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.eval()
+        for p, _ in flags:
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _accumulate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    head: Sequence[str] | None,
+    of: Callable[[Tensor], Tensor],
+) -> Scores:
+    """Sum `of(gradient)` over batches for every candidate. `autograd.grad` leaves the model's own ``.grad`` alone."""
+    candidates = weights(model, head)
+    parameters = list(candidates.values())
+    sums = [torch.zeros_like(p) for p in parameters]
+    count = 0
+    with _scoring(model, parameters), torch.enable_grad():
+        for batch in batches:
+            gradients = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+            count += 1
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += of(gradient)
+    if count == 0:
+        raise ValueError("batches is empty; a gradient score needs at least one batch")
+    scores = dict(zip(candidates, sums, strict=True))
+    check_scores(scores)
+    return scores
+
+
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` that names the tensor if a score is not finite, or if every score is zero."""
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise ValueError(f"scores[{name!r}] has a value that is not finite; check the loss and the model's weights")
+    if not any(score.any() for score in scores.values()):
+        raise ValueError(
+            "scores are zero for every weight; a zero-initialised head passes no gradient: initialise or train it first"
+        )

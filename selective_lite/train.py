@@ -1,0 +1,217 @@
+"""Train: a method is an iterable of phases; `fit` runs them with any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .masked import masked
+from .params import head_weights
+from .scores import Loss, model_loss
+from .select import Selection
+
+Schedule = Callable[[float], float]
+Group = dict[str, Any]
+
+
+def constant(progress: float) -> float:
+    """A schedule: the group's learning rate throughout."""
+    return 1.0
+
+
+def linear_decay(progress: float) -> float:
+    """A schedule: from the group's learning rate to zero, linear in progress through the phase (0 to 1)."""
+    return 1.0 - progress
+
+
+@dataclass
+class Phase:
+    """One stretch of training: what is trainable, for how long, and what happens around a step.
+
+    Attributes
+    ----------
+    name
+        Shown in the history.
+    groups
+        Parameter groups as ``torch.optim`` takes them; each may hold a ``"schedule"``, progress in [0, 1) ->
+        multiplier of its learning rate (default `linear_decay`).
+    epochs
+        Passes over the batches.
+    penalty
+        Added to the loss at every step, a scalar tensor with gradient.
+    before_step, after_step
+        Called between backward and clipping (to change gradients), and after the optimizer's step; `after_step` gets
+        the fraction of the phase that is done, in (0, 1].
+    model
+        Called in place of the model, where a phase wraps it (Diff Pruning's gates).
+    clip
+        Largest gradient norm of each group, or None.
+    selection
+        The weights that the phase trains, where they are a fixed selection.
+    """
+
+    name: str
+    groups: Sequence[Group]
+    epochs: int
+    penalty: Callable[[], Tensor] | None = None
+    before_step: Callable[[], None] | None = None
+    after_step: Callable[[float], None] | None = None
+    model: nn.Module | None = None
+    clip: float | None = 1.0
+    selection: Selection | None = None
+
+
+class Batches(Sized, Protocol):
+    """What `fit` trains on: a length, and a new pass at every iteration."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+def fit(
+    model: nn.Module,
+    phases: Iterable[Phase],
+    batches: Batches,
+    *,
+    loss: Loss = model_loss,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run every phase of a method; the model is trained in place.
+
+    Parameters
+    ----------
+    model
+        The model that the phases were made for; put in training mode during a phase, and back after it.
+    phases
+        A method, such as ``fixed_mask(...)`` or ``diff_pruning(...)``: it may prepare the next phase from the last.
+    batches
+        Sized and iterable again for every epoch.
+    loss
+        ``(model, batch) -> scalar``.
+    optimizer
+        Called with a phase's groups; a new one for every phase.
+    on_step
+        Called with each step's record, e.g. to show progress.
+
+    Returns
+    -------
+    list of dict
+        One record a step: ``phase``, ``step`` (within the phase), ``loss``, ``penalty`` (0.0 where there is none).
+
+    Raises
+    ------
+    ValueError
+        If there is no batch, or the loss is not finite (the phase's step is named; nothing of that step is applied).
+    """
+    if len(batches) == 0:
+        raise ValueError("batches is empty; give at least one batch")
+    records: list[dict[str, Any]] = []
+    for phase in phases:
+        called = phase.model or model
+        mode = called.training
+        schedules = [group.get("schedule", linear_decay) for group in phase.groups]
+        opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in phase.groups])
+        steps = phase.epochs * len(batches)
+        rates = torch.optim.lr_scheduler.LambdaLR(opt, [_per_step(schedule, steps) for schedule in schedules])
+        called.train()
+        try:
+            step = 0
+            for _ in range(phase.epochs):
+                for batch in batches:
+                    task = loss(called, batch)
+                    penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
+                    total = task + penalty
+                    if not torch.isfinite(total):
+                        raise ValueError(f"loss is {total.item()} in phase {phase.name!r}, step {step}; lower lr")
+                    opt.zero_grad()
+                    total.backward()
+                    if phase.before_step:
+                        phase.before_step()
+                    if phase.clip is not None:
+                        for group in opt.param_groups:
+                            nn.utils.clip_grad_norm_(group["params"], phase.clip)
+                    opt.step()
+                    rates.step()
+                    step += 1
+                    if phase.after_step:
+                        phase.after_step(step / steps)
+                    records.append({"phase": phase.name, "step": step, "loss": task.item(), "penalty": penalty.item()})
+                    if on_step:
+                        on_step(records[-1])
+        finally:
+            called.train(mode)
+    return records
+
+
+def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:
+    return lambda step: schedule(min(step / steps, 1.0))
+
+
+def fixed_mask(
+    model: nn.Module,
+    selection: Selection,
+    *,
+    lr: float,
+    epochs: int,
+    lr_head: float | None = None,
+    head: Sequence[str] | None = None,
+    weight_decay: float = 0.0,
+    name: str = "fixed mask",
+) -> Generator[Phase, None, None]:
+    """A method: train a selection, and the task head beside it, on compact parameters.
+
+    Parameters
+    ----------
+    model, selection
+        As in `masked`.
+    lr, lr_head
+        Learning rates of the selected weights and of the head (default: the same).
+    epochs
+        Passes over the batches.
+    head
+        As in `weights`.
+    weight_decay
+        Of selected weights and head; it pulls values to zero.
+
+    Yields
+    ------
+    Phase
+        One; the model is an ordinary one again when the iteration ends.
+    """
+    with masked(model, selection, dense=tuple(head_weights(model, head))) as training:
+        groups: list[Group] = [{"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}]
+        if training.dense_parameters():
+            rate = lr if lr_head is None else lr_head
+            groups.append({"params": training.dense_parameters(), "lr": rate, "weight_decay": weight_decay})
+        yield Phase(name, groups, epochs, selection=selection)
+
+
+def dense(
+    model: nn.Module,
+    *,
+    lr: float,
+    epochs: int,
+    lr_head: float | None = None,
+    head: Sequence[str] | None = None,
+    weight_decay: float = 0.0,
+    name: str = "dense",
+) -> Generator[Phase, None, None]:
+    """A method, the baseline: train every parameter (full fine-tuning), the head at `lr_head`; see `fixed_mask`."""
+    heads = head_weights(model, head)
+    body = [p for n, p in model.named_parameters() if n not in heads and p.is_floating_point()]
+    groups: list[Group] = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
+    if heads:
+        rate = lr if lr_head is None else lr_head
+        groups.append({"params": list(heads.values()), "lr": rate, "weight_decay": weight_decay})
+    flags = {p: p.requires_grad for group in groups for p in group["params"]}
+    try:
+        for p in flags:
+            p.requires_grad_(True)
+        yield Phase(name, groups, epochs)
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
