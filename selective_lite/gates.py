@@ -101,7 +101,7 @@ class HardConcrete(nn.Module):
         check_stretch(stretch)
         _check_beta(beta)
         self.beta, self.stretch = beta, stretch
-        self.log_alpha = nn.Parameter(torch.full(tuple(shape), log_alpha))
+        self.log_alpha = nn.Parameter(torch.full(tuple(shape), float(log_alpha)))
 
     def forward(self, generator: torch.Generator | None = None) -> Tensor:
         """The gates: a sample (noise from `generator`, a CPU generator) in training mode, else `deterministic_gate`."""

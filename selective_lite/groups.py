@@ -19,13 +19,13 @@ Grouping = Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]
 
 def by_tensor(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One group a tensor (the authors' choice): ``{name: id}``, an int64 tensor that broadcasts to the weight."""
-    return {name: torch.tensor(i) for i, name in enumerate(weights)}
+    return {name: torch.tensor(i, device="cpu") for i, name in enumerate(weights)}
 
 
 def by_layer(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One group a numbered block, such as ``encoder.layer.3``; a tensor outside every block is its own group."""
     ids: dict[str, int] = {}
-    return {name: torch.tensor(ids.setdefault(_block(name), len(ids))) for name in weights}
+    return {name: torch.tensor(ids.setdefault(_block(name), len(ids)), device="cpu") for name in weights}
 
 
 def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,13 +45,13 @@ def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     for name, weight in weights.items():
         rows, columns = ROWS.search(name), COLUMNS.search(name)
         if not (rows or columns):
-            groups[name] = torch.tensor(ids.setdefault((name,), len(ids)))
+            groups[name] = torch.tensor(ids.setdefault((name,), len(ids)), device="cpu")
             continue
         # A key-value head that several query heads share belongs to the first of them.
         count, step = (shared, heads // shared) if KEY_VALUE.search(name) else (heads, 1)
         size = weight.shape[0] if rows else weight.shape[1]
         keys = [(_block(name), i * step) for i in range(count) for _ in range(size // count)]
-        along = torch.tensor([ids.setdefault(key, len(ids)) for key in keys])
+        along = torch.tensor([ids.setdefault(key, len(ids)) for key in keys], device="cpu")
         groups[name] = along if weight.dim() == 1 or columns else along[:, None]
     if all(group.dim() == 0 for group in groups.values()):
         raise ValueError("groups='head' found no query, key or value projection by a known name; give a function")

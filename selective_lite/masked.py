@@ -54,6 +54,8 @@ class masked:
     """
 
     def __init__(self, model: nn.Module, selection: Selection, dense: Sequence[str] = ()) -> None:
+        if any(compact_parameters(model)):
+            raise ValueError("model is already in masked training; leave that first")
         named = dict(model.named_parameters())
         places = owners(model)
         dense_names = _dense_names(named, (dense,) if isinstance(dense, str) else dense)
@@ -95,7 +97,7 @@ class masked:
         for places in self._places.values():
             for module, attribute in places:
                 write_selected(module, attribute)
-                module.__class__ = type(module).base  # type: ignore[attr-defined]
+                module.__class__ = type(module).masked_base  # type: ignore[attr-defined]
                 delattr(module, attribute + SUFFIX)
                 delattr(module, attribute + SUFFIX + "_index")
         for name, parameter in self.model.named_parameters():
@@ -133,9 +135,13 @@ def _check(
         raise ValueError(f"dense and selection both name {name!r}; train it one way")
     if len(positions) == prod(shape):
         return
+    if not named[name].is_contiguous():
+        raise ValueError(f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first")
     for module, attribute in places[name]:
-        if hasattr(module, attribute + SUFFIX):
-            raise ValueError(f"model is already in masked training ({name!r}); leave that first")
+        if "forward" in vars(module):
+            raise ValueError(
+                f"selection[{name!r}] is in a module whose forward was replaced (a hook?); remove that first"
+            )
         if len(shape) > 1 and not (attribute == "weight" and _product(type(module)) is not None):
             raise ValueError(
                 f"selection[{name!r}] is part of a {type(module).__name__}, which has no sampled gradient; select it "
@@ -156,8 +162,7 @@ def write_selected(module: nn.Module, attribute: str) -> None:
 
 def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
     """The forward with a sampled weight gradient for a module class, or None where there is none."""
-    if cls.__name__.startswith("Masked"):
-        cls = cls.base  # type: ignore[attr-defined]
+    cls = vars(cls).get("masked_base", cls)
     if cls is nn.Linear:
         return lambda module, input: _SelectedLinear.apply(input, *_selected(module), module.bias, False)
     if cls is nn.Embedding:
@@ -175,7 +180,7 @@ def _selected(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def _masked_class(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
     """A subclass of `cls` whose `attribute` is partly selected. A class, unlike a hook, survives `deepcopy`."""
-    members: dict[str, object] = {"base": cls, "__module__": cls.__module__}
+    members: dict[str, object] = {"masked_base": cls, "__module__": cls.__module__}
     product = _product(cls)
     if attribute == "weight" and product is not None:
         members["forward"] = product

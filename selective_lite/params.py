@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -128,6 +129,17 @@ def resolve_budget(budget: int | float, total: int) -> int:
     if not 1 <= k <= total:
         raise ValueError(f"budget={k} is outside [1, {total}], the number of candidate weights")
     return k
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """A block after which every module is in training or evaluation mode as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .params import check_names, weights
+from .params import check_names, modes_kept, weights
 
 Scores = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -85,7 +85,7 @@ def squared_gradient(
         What is squared: each sample's gradient, or each batch's mean gradient.
     labels
         ``"given"`` uses the batch's ``labels`` (empirical Fisher); ``"model"`` draws them from ``softmax(logits)``
-        (true Fisher, by sampling).
+        (true Fisher, by sampling; for classifiers, whose labels belong to the logits at their place).
     loss
         ``(model, batch) -> scalar``, a mean over samples.
     head
@@ -96,7 +96,7 @@ def squared_gradient(
     Returns
     -------
     dict
-        Non-negative scores in each weight's shape and dtype, on its device.
+        Non-negative scores in each weight's shape, on its device, float32 (float64 for float64 weights).
 
     Raises
     ------
@@ -170,18 +170,16 @@ def _drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) ->
 @contextmanager
 def _scoring(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Evaluation mode with gradients for `parameters` only; every module's mode and every flag is put back."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        model.eval()
-        for p, _ in flags:
-            p.requires_grad_(False)
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
+        with modes_kept(model):
+            model.eval()
+            for p, _ in flags:
+                p.requires_grad_(False)
+            for p in parameters:
+                p.requires_grad_(True)
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
 
@@ -196,7 +194,8 @@ def _accumulate(
     """Sum `of(gradient)` over batches for every candidate. `autograd.grad` leaves the model's own ``.grad`` alone."""
     candidates = weights(model, head)
     parameters = list(candidates.values())
-    sums = [torch.zeros_like(p) for p in parameters]
+    # In half precision a sum of a thousand squares would saturate.
+    sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     count = 0
     with _scoring(model, parameters), torch.enable_grad():
         for batch in batches:
@@ -204,7 +203,7 @@ def _accumulate(
             count += 1
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
-                    total += of(gradient)
+                    total += of(gradient.to(total.dtype))
     if count == 0:
         raise ValueError("batches is empty; a gradient score needs at least one batch")
     scores = dict(zip(candidates, sums, strict=True))

@@ -183,6 +183,7 @@ def random_nonzero(scores: Mapping[str, Tensor], budget: int | float, seed: int)
 
     Arguments and errors as in `select`; the draw is a function of `seed` and of where the scores are zero.
     """
+    check_scores(scores)
     generator = torch.Generator().manual_seed(seed)
     draws = {
         name: (1 - torch.rand(score.shape, generator=generator, dtype=torch.float32, device="cpu")) * (score != 0).cpu()

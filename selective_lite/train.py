@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .masked import masked
-from .params import head_weights
+from .params import head_weights, modes_kept
 from .scores import Loss, model_loss
 from .select import Selection
 
@@ -64,6 +65,10 @@ class Phase:
     clip: float | None = 1.0
     selection: Selection | None = None
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs} of phase {self.name!r} must be at least 1")
+
 
 class Batches(Sized, Protocol):
     """What `fit` trains on: a length, and a new pass at every iteration."""
@@ -110,41 +115,47 @@ def fit(
     if len(batches) == 0:
         raise ValueError("batches is empty; give at least one batch")
     records: list[dict[str, Any]] = []
-    for phase in phases:
-        called = phase.model or model
-        mode = called.training
-        schedules = [group.get("schedule", linear_decay) for group in phase.groups]
-        opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in phase.groups])
-        steps = phase.epochs * len(batches)
-        rates = torch.optim.lr_scheduler.LambdaLR(opt, [_per_step(schedule, steps) for schedule in schedules])
-        called.train()
-        try:
-            step = 0
-            for _ in range(phase.epochs):
-                for batch in batches:
-                    task = loss(called, batch)
-                    penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
-                    total = task + penalty
-                    if not torch.isfinite(total):
-                        raise ValueError(f"loss is {total.item()} in phase {phase.name!r}, step {step}; lower lr")
-                    opt.zero_grad()
-                    total.backward()
-                    if phase.before_step:
-                        phase.before_step()
-                    if phase.clip is not None:
-                        for group in opt.param_groups:
-                            nn.utils.clip_grad_norm_(group["params"], phase.clip)
-                    opt.step()
-                    rates.step()
-                    step += 1
-                    if phase.after_step:
-                        phase.after_step(step / steps)
-                    records.append({"phase": phase.name, "step": step, "loss": task.item(), "penalty": penalty.item()})
+    try:
+        for phase in phases:
+            with modes_kept(phase.model or model):
+                for record in _steps(phase, phase.model or model, batches, loss, optimizer):
+                    records.append(record)
                     if on_step:
-                        on_step(records[-1])
-        finally:
-            called.train(mode)
+                        on_step(record)
+    finally:
+        if isinstance(phases, Generator):
+            phases.close()  # after an error too the model is an ordinary one at once
     return records
+
+
+def _steps(
+    phase: Phase, model: nn.Module, batches: Batches, loss: Loss, optimizer: Callable[..., torch.optim.Optimizer]
+) -> Iterator[dict[str, Any]]:
+    """Train one phase, a record a step."""
+    opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in phase.groups])
+    steps = phase.epochs * len(batches)
+    schedules = [_per_step(group.get("schedule", linear_decay), steps) for group in phase.groups]
+    rates = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
+    model.train()
+    passes = chain.from_iterable(repeat(batches, phase.epochs))
+    for step, batch in enumerate(passes, 1):
+        task = loss(model, batch)
+        penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
+        total = task + penalty
+        if not torch.isfinite(total):
+            raise ValueError(f"loss is {total.item()} in phase {phase.name!r}, step {step}; lower the learning rate")
+        opt.zero_grad()
+        total.backward()
+        if phase.before_step:
+            phase.before_step()
+        if phase.clip is not None:
+            for group in opt.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], phase.clip)
+        opt.step()
+        rates.step()
+        if phase.after_step:
+            phase.after_step(step / steps)
+        yield {"phase": phase.name, "step": step, "loss": task.item(), "penalty": penalty.item()}
 
 
 def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:

@@ -117,13 +117,14 @@ def asset(name: str) -> Path:
     folder = cache_folder() / name / wanted.sha256[:16]
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         file = _fetch(wanted, Path(scratch))
         unpacked = Path(scratch) / "members"
         unpacked.mkdir()
         for member, target in wanted.members.items():
             (unpacked / target).write_bytes(_member(file, member))
+        folder.parent.mkdir(exist_ok=True)
         try:
             unpacked.rename(folder)  # complete or absent, also when two processes fetch at once
         except OSError:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..params import modes_kept
 from .assets import asset
 
 DOMAINS = ("movies", "tweets", "products", "editorials")
@@ -178,16 +179,13 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 128) -> dict[str,
     dict
         ``accuracy`` (float in [0, 1]), ``loss`` (float, nats), ``correct`` (bool tensor, CPU, in the split's order).
     """
-    mode = model.training
-    model.eval()
     batches = split.batches(batch_size)
     correct = torch.zeros(len(split), dtype=torch.bool)
     total = 0.0
-    try:
+    with modes_kept(model):
+        model.eval()
         for group, batch in zip(batches.indices(), batches, strict=True):
             output = model(**batch)
             total += float(output.loss) * len(group)
             correct[group] = (output.logits.argmax(-1) == batch["labels"]).cpu()
-    finally:
-        model.train(mode)
     return {"accuracy": correct.float().mean().item(), "loss": total / len(split), "correct": correct}

@@ -76,7 +76,7 @@ class Relaxed(nn.Module):
             device = self.w[0].device
             self.group_ids = [ids[name].to(device) for name in self.names]
             count = 1 + max(int(i.max()) for i in self.group_ids)
-            self.log_alpha_group = nn.Parameter(torch.full((count,), log_alpha, device=device))
+            self.log_alpha_group = nn.Parameter(torch.full((count,), float(log_alpha), device=device))
 
     def _gate(self, log_alpha: Tensor) -> Tensor:
         if not self.training:
@@ -130,12 +130,11 @@ class Relaxed(nn.Module):
         ValueError
             If fewer than k differences are non-zero: the penalty was too strong for this budget.
         """
-        mode = self.training
+        mode, self.training = self.training, False  # of the gates alone: the model is not called
         try:
-            self.eval()
             delta = self.differences()
         finally:
-            self.train(mode)
+            self.training = mode
         return select({name: d.abs() for name, d in delta.items()}, budget), delta
 
 
@@ -197,6 +196,7 @@ class Calibration:
 
 
 def _logit(p: float) -> float:
+    p = min(max(p, 1e-9), 1 - 1e-9)  # "sum" counts the groups too, and a saturated gate is surely open
     return math.log(p / (1 - p))
 
 
