@@ -1,0 +1,108 @@
+"""Benchmark: one training step of MiniLM, 32 x 32 tokens, six ways, in one process, interleaved; medians and ratios."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import nn
+
+import selective_lite as sl
+from selective_lite.lab import load_classifier, results
+
+LINEAR = ["query", "key", "value", "dense"]  # every linear layer of BERT, the classifier apart
+CONFIG = {"model": "minilm", "batch": 32, "tokens": 32, "budget": 0.005, "rank": 8, "warmup": 3, "rounds": 25}
+
+
+def contenders(config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, torch.optim.Optimizer | None]]:
+    """Each way of training: its own copy of the model, and its optimizer."""
+    base, _ = load_classifier(config["model"])
+    base.train()
+
+    def adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **options)
+
+    found: dict[str, tuple[nn.Module, torch.optim.Optimizer | None]] = {}
+    for name, options in (("full AdamW", {}), ("full AdamW, fused", {"fused": True})):
+        model = copy.deepcopy(base)
+        found[name] = model, adam(model, **options)
+    rank = config["rank"]
+    for name, adapter in (
+        (f"peft LoRA r={rank}", LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=LINEAR)),
+        (f"peft SHiRA r={rank}", ShiraConfig(task_type="SEQ_CLS", r=rank, target_modules=LINEAR)),
+    ):
+        model = get_peft_model(copy.deepcopy(base), adapter)
+        found[name] = model, adam(model)
+    model = copy.deepcopy(base)
+    sl.masked(model, sl.select(sl.uniform(model, 0), config["budget"]), dense=tuple(sl.head_weights(model)))
+    found["selective_lite"] = model, adam(model)
+    floor = copy.deepcopy(base).requires_grad_(False)
+    floor.bert.embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    found["floor"] = floor, None
+    return found
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Mapping[str, torch.Tensor]) -> float:
+    """Seconds of one step: forward, backward, update."""
+    wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    wait()
+    return time.perf_counter() - start
+
+
+def held(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Mapping[str, torch.Tensor]
+) -> dict[str, int]:
+    """Bytes by kind after a step, with the gradients still there."""
+    model(**batch).loss.backward()
+    bytes_held = sl.ledger(model, optimizer)
+    model.zero_grad()
+    return bytes_held
+
+
+def run(config: Mapping[str, Any]) -> results.Row:
+    """Median seconds and bytes of every contender, and the ratios that the design asks for."""
+    torch.manual_seed(0)
+    ways = contenders(config)
+    device = next(ways["floor"][0].parameters()).device
+    ids = torch.randint(1000, 30000, (config["batch"], config["tokens"]), device=device)
+    labels = torch.randint(0, 2, (config["batch"],), device=device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(config["warmup"] + config["rounds"]):
+        for name, (model, optimizer) in ways.items():
+            taken = step(model, optimizer, batch)
+            if round_number >= config["warmup"]:
+                seconds[name].append(taken)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    ours = median["selective_lite"]
+    return {
+        "median_seconds": {name: round(value, 4) for name, value in median.items()},
+        "ours_over": {name: round(ours / value, 3) for name, value in median.items()},
+        "over_full": {name: round(value / median["full AdamW"], 3) for name, value in median.items()},
+        "bytes": {name: held(model, optimizer, batch) for name, (model, optimizer) in ways.items()},
+        "trainable": {
+            name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, (model, _) in ways.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    row = results.run_missing("masked_step", [CONFIG], run)[0]
+    print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
+    for way, median_seconds in row["median_seconds"].items():
+        counted = row["bytes"][way]
+        print(
+            f"{way:20} {median_seconds:8.4f} {row['ours_over'][way]:9.3f} {row['over_full'][way]:9.3f}"
+            f" {counted['gradients']:10,} {counted['optimizer']:10,}"
+        )

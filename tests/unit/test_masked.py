@@ -1,0 +1,532 @@
+"""Masked training: only what is selected moves, as a dense masked optimizer would move it, and the model comes back."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import selective_lite as sl
+from selective_lite.masked import sampled_product
+
+TRANSFORMERS = ("bert_tied", "llama", "gpt2")
+
+
+def unselected(tensors, selection):
+    """The bits of everything that is not selected."""
+    masks = selection.masks()
+    return {n: t.detach()[~masks[n]] if n in masks else t.detach().clone() for n, t in tensors.items()}
+
+
+def changed(before, after, selection):
+    """The share of selected weights whose value is another one now."""
+    moved = sum((before[n].reshape(-1)[i] != after[n].reshape(-1)[i]).sum() for n, i in selection.indices.items())
+    return float(moved) / selection.count
+
+
+def assert_untouched(before, model, selection):
+    named = dict(model.named_parameters())
+    assert list(named) == list(before)
+    frozen = unselected(named, selection)
+    for name, expected in unselected(before, selection).items():
+        assert torch.equal(expected, frozen[name]), name
+
+
+TRAININGS = {
+    "adamw, decay, clipping": {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "clip": 0.1},
+    "sgd, momentum, decay, accumulation": {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+        "accumulate": 2,
+    },
+    "autocast bf16": {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "autocast": True},
+    "checkpointing": {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "checkpoint": False},
+    "reentrant checkpointing": {"optimizer": lambda p: torch.optim.Adam(p, lr=1e-3), "checkpoint": True},
+}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_unselected_weights_keep_every_bit_through_50_steps(build, batches, pick, kind, training):
+    setup = TRAININGS[training]
+    model, data = build(kind), batches(kind, 5)
+    selection, before = pick(model), sl.snapshot(model)
+    if "checkpoint" in setup:
+        model.gradient_checkpointing_enable({"use_reentrant": setup["checkpoint"]})
+    model.train()
+    with sl.masked(model, selection):
+        optimizer = setup["optimizer"]([p for p in model.parameters() if p.requires_grad])
+        for step in range(50):
+            for part in range(setup.get("accumulate", 1)):
+                with torch.autocast("cpu", torch.bfloat16, enabled=setup.get("autocast", False)):
+                    loss = model(**data[(step + part) % len(data)]).loss
+                loss.backward()
+            if "clip" in setup:
+                nn.utils.clip_grad_norm_(model.parameters(), setup["clip"])
+            optimizer.step()
+            model.zero_grad()
+    assert_untouched(before, model, selection)
+    assert changed(before, sl.snapshot(model), selection) > 0.9
+
+
+def test_momentum_that_predates_the_mask_does_not_leak(build, batches, pick):
+    model, data = build("toy"), batches("toy", 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    model(**data[0]).loss.backward()
+    optimizer.step()
+    selection, before = pick(model), sl.snapshot(model)
+    with sl.masked(model, selection) as training:
+        optimizer.add_param_group({"params": training.parameters()})
+        for _ in range(3):
+            model(**data[1]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_untouched(before, model, selection)
+
+
+def test_a_bfloat16_model_trains_in_float32_and_keeps_its_unselected_bits(build, batches, pick):
+    model, data = build("llama").bfloat16(), batches("llama", 1)
+    selection, before = pick(model), sl.snapshot(model)
+    with sl.masked(model, selection) as training:
+        assert {p.dtype for p in training.parameters()} == {torch.float32}
+        optimizer = torch.optim.AdamW(training.parameters(), lr=1e-4, weight_decay=0)
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(**data[0]).loss.backward()
+            optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert_untouched(before, model, selection)
+    # A step of 1e-4 alone is lost in a bfloat16 weight of size one; forty of them are not.
+    assert changed(before, sl.snapshot(model), selection) > 0.5
+
+
+class DenseMasked:
+    """The naive form, made exact: a dense optimizer on masked gradients, and unselected weights put back each step."""
+
+    def __init__(self, model, selection, make):
+        self.model = model
+        self.masks = {n: m for n, m in selection.masks().items() if n in selection.indices}
+        self.named = {n: p for n, p in model.named_parameters() if n in self.masks}
+        self.start = {n: p.detach().clone() for n, p in self.named.items()}
+        self.optimizer = make(list(self.named.values()))
+
+    def step(self, clip=None):
+        for name, p in self.named.items():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad * self.masks[name]
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.named.values(), clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p.copy_(torch.where(self.masks[name], p, self.start[name]))
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["toy", "llama", "gpt2"])
+def test_compact_training_is_dense_masked_training_step_for_step(build, batches, pick, kind, optimizer):
+    reference, model, data = build(kind).double(), build(kind).double(), batches(kind, 4)
+    selection = pick(model, per_tensor=5)
+    dense = DenseMasked(reference, selection, OPTIMIZERS[optimizer])
+    with sl.masked(model, selection) as training:
+        compact = OPTIMIZERS[optimizer](training.parameters())
+        for step in range(20):
+            batch = data[step % len(data)]
+            reference.zero_grad()
+            reference(**batch).loss.backward()
+            dense.step(clip=0.5)
+            model.zero_grad()
+            model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            compact.step()
+            for name, vector in zip(selection.indices, training.parameters(), strict=True):
+                expected = dense.named[name].reshape(-1)[selection.indices[name]]
+                torch.testing.assert_close(vector, expected, rtol=0, atol=1e-10)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_identical_float32_gradients_give_identical_weights(optimizer):
+    # 1,000 and 37 entries: the vectorised part of an optimizer's kernel and the part behind it.
+    model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 20))
+    selection = sl.select(sl.uniform(model, 0), 1037)
+    dense = DenseMasked(copy.deepcopy(model), selection, OPTIMIZERS[optimizer])
+    with sl.masked(model, selection) as training:
+        compact = OPTIMIZERS[optimizer](training.parameters())
+        for _ in range(30):
+            for name, vector in zip(selection.indices, training.parameters(), strict=True):
+                gradient = torch.randn_like(dense.named[name])
+                dense.named[name].grad = gradient
+                vector.grad = gradient.reshape(-1)[selection.indices[name]]
+            dense.step()
+            compact.step()
+    for (name, a), b in zip(model.named_parameters(), dense.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["toy", "bert", "bert_tied", "llama", "gpt2"])
+def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick, kind):
+    model = build(kind).double()
+    (batch,) = batches(kind, 1)
+    selection = pick(model, per_tensor=9)
+    head = tuple(sl.head_weights(model))
+    expected = model(**batch)
+    expected.loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    with sl.masked(model, selection, dense=head) as training:
+        found = model(**batch)
+        assert torch.equal(found.logits, expected.logits)
+        found.loss.backward()
+        for (name, index), vector in zip(selection.indices.items(), training.parameters(), strict=True):
+            wanted = gradients[name].reshape(-1)[index]
+            if len(index) == gradients[name].numel():
+                wanted = gradients[name]  # a tensor that is selected whole trains as it is
+            got = torch.zeros_like(vector) if vector.grad is None else vector.grad
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=name)
+        for name in head:
+            torch.testing.assert_close(model.get_parameter(name).grad, gradients[name], rtol=1e-9, atol=1e-12)
+
+
+class Created(TorchDispatchMode):
+    """Counts the entries of every tensor that an operation creates; views of a parameter are not created."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                if tensor.layout != torch.strided:
+                    tensor = tensor.values()
+                if tensor.untyped_storage().data_ptr() not in self.known:
+                    self.sizes.add(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrices"),
+    [
+        ("toy", {"embedding.weight": 66, "first.weight": 42, "second.weight": 35}),
+        (
+            "gpt2",
+            {
+                "transformer.wte.weight": 636,
+                "transformer.wpe.weight": 192,
+                "transformer.h.0.attn.c_attn.weight": 432,
+                "transformer.h.0.attn.c_proj.weight": 144,
+                "transformer.h.1.mlp.c_fc.weight": 576,
+                "transformer.h.1.mlp.c_proj.weight": 576,
+            },
+        ),
+    ],
+)
+def test_no_dense_gradient_of_a_selected_matrix_exists_at_any_moment(build, batches, pick, kind, matrices):
+    model = build(kind).train()
+    (batch,) = batches(kind, 1, size=5)  # 5 * 7 tokens: no activation has as many entries as a matrix
+    batch = {key: value[:, :4] if value.dim() > 1 else value for key, value in batch.items()}
+    sizes = {name: model.get_parameter(name).numel() for name in matrices}
+    assert sizes == matrices
+    loss = model(**batch).loss
+    with Created(model) as naive:
+        loss.backward()
+    assert set(matrices.values()) <= naive.sizes  # what the naive form creates is seen
+    with sl.masked(model, pick(model), dense=tuple(sl.head_weights(model))) as training:
+        optimizer = torch.optim.AdamW(training.parameters(), lr=1e-3)
+        for _ in range(2):
+            loss = model(**batch).loss
+            with Created(model) as seen:
+                loss.backward()
+                optimizer.step()
+            assert seen.sizes & set(matrices.values()) == set()
+            assert len(seen.sizes) > 3
+
+
+@pytest.mark.parametrize("kind", ["toy", *TRANSFORMERS])
+def test_leaving_gives_back_an_ordinary_model_with_the_trained_values(build, batches, pick, kind):
+    model = build(kind)
+    model.get_parameter(next(iter(sl.weights(model)))).requires_grad_(False)
+    classes = [type(module) for module in model.modules()]
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    keys, objects = list(model.state_dict()), list(model.parameters())
+    selection = pick(model)
+    with sl.masked(model, selection) as training:
+        optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
+        model(**batches(kind, 1)[0]).loss.backward()
+        optimizer.step()  # and no forward after it: leaving must write the last values
+        trained = {name: p.detach().clone() for name, p in zip(selection.indices, training.parameters(), strict=True)}
+    assert [type(module) for module in model.modules()] == classes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(objects, model.parameters(), strict=True))
+    for name, index in selection.indices.items():
+        assert torch.equal(model.get_parameter(name).reshape(-1)[index], trained[name].reshape(-1))
+
+
+def test_what_requires_a_gradient_inside_is_what_is_trained(build, pick):
+    model = build("toy")
+    model.first.weight.grad = torch.ones_like(model.first.weight)
+    selection = pick(model)
+    with sl.masked(model, selection, dense=("classifier",)) as training:
+        inside = [p for p in model.parameters() if p.requires_grad]
+        assert {id(p) for p in inside} == {id(p) for p in (*training.parameters(), *training.dense_parameters())}
+        assert sum(p.numel() for p in training.parameters()) == selection.count
+        assert training.dense_parameters() == list(model.classifier.parameters())
+        assert all(p.grad is None for p in model.parameters())
+        assert not any("_index" in key for key in model.state_dict())
+
+
+def test_an_error_inside_still_gives_the_model_back(build, pick):
+    model = build("toy")
+    keys = list(model.state_dict())
+
+    def fails():
+        with sl.masked(model, pick(model)):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_close_twice_does_nothing(build, pick):
+    model = build("toy")
+    training = sl.masked(model, pick(model))
+    training.close()
+    with torch.no_grad():
+        model.first.weight.fill_(5.0)
+    training.close()
+    assert torch.equal(model.first.weight, torch.full((7, 6), 5.0))
+
+
+def test_a_deep_copy_made_inside_trains_by_itself(build, batches, pick):
+    model, (batch,) = build("llama"), batches("llama", 1)
+    with sl.masked(model, pick(model)) as training:
+        twin = copy.deepcopy(model)
+        compact = [p for p in twin.parameters() if p.requires_grad]
+        assert len(compact) == len(training.parameters())
+        optimizer = torch.optim.SGD(compact, lr=0.5)
+        first = twin(**batch).loss
+        assert torch.equal(first, model(**batch).loss)
+        first.backward()
+        optimizer.step()
+        assert all(p.grad is None for p in training.parameters())
+        assert twin(**batch).loss < first
+        assert torch.equal(first, model(**batch).loss)
+        assert twin.lm_head.weight_selected is twin.model.embed_tokens.weight_selected
+
+
+def test_a_state_assigned_inside_keeps_the_trained_values(build, batches, pick):
+    model, (batch,) = build("bert"), batches("bert", 1)
+    selection = pick(model)
+    with sl.masked(model, selection) as training:
+        optimizer = torch.optim.SGD(training.parameters(), lr=0.5)
+        model(**batch).loss.backward()
+        optimizer.step()
+        expected = model(**batch).logits
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for p in training.parameters():
+                p.zero_()
+        assert not torch.equal(model(**batch).logits, expected)
+        model.load_state_dict(state, assign=True)
+        assert torch.equal(model(**batch).logits, expected)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == selection.count
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_the_padding_row_gets_no_gradient():
+    table = nn.Embedding(4, 3, padding_idx=1)
+    ids = torch.tensor([[1, 2, 2], [1, 1, 0]])
+    selection = sl.Selection({"weight": torch.tensor([0, 3, 4, 7, 8, 10])}, {"weight": (4, 3)})
+    with sl.masked(table, selection) as training:
+        (table(ids) * torch.arange(1.0, 4.0)).sum().backward()
+    # Row 0 is used once, row 1 is padding, row 2 is used twice, row 3 never; column j weighs j + 1.
+    assert training.parameters()[0].grad.tolist() == [1, 0, 0, 4, 6, 0]
+
+
+def test_a_batch_without_a_token_has_a_zero_gradient():
+    table = nn.Embedding(4, 3)
+    with sl.masked(table, sl.select(sl.uniform(table, 0), 5)) as training:
+        table(torch.zeros(2, 0, dtype=torch.int64)).sum().backward()
+        assert training.parameters()[0].grad.tolist() == [0.0] * 5
+
+
+def test_a_step_between_forward_and_backward_is_noticed():
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with sl.masked(layer, sl.select(sl.uniform(layer, 0), 10)) as training:
+        out = layer(torch.ones(1, 3)).sum()
+        with torch.no_grad():
+            for p in training.parameters():
+                p.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["float64", "bfloat16"]), st.data()
+)
+@settings(max_examples=60, deadline=None)
+def test_a_sampled_product_has_the_entries_of_the_product(rows, columns, inner, dtype, data):
+    generator = torch.Generator().manual_seed(rows * 100 + columns * 10 + inner)
+    left, right = (
+        torch.randn(inner, size, generator=generator, dtype=torch.float64).to(getattr(torch, dtype))
+        for size in (rows, columns)
+    )
+    index = sorted(data.draw(st.sets(st.integers(0, rows * columns - 1), min_size=1)))
+    index = torch.tensor(index)
+    found = sampled_product(left, right, index)
+    assert found.dtype == {"float64": torch.float64, "bfloat16": torch.float32}[dtype]
+    expected = (left.double().t() @ right.double()).reshape(-1)[index]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def selection_of(model, **indices):
+    names = {n.replace(".", "_"): n for n, _ in model.named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return sl.Selection({names[n]: torch.tensor(i) for n, i in indices.items()}, shapes)
+
+
+def _attention():
+    model = nn.MultiheadAttention(4, 2)
+    return model, selection_of(model, in_proj_weight=[0, 5])
+
+
+def _convolution():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(2, 3, 3))
+    return model, selection_of(model, **{"0_weight": [1], "1_weight": [0, 5]})
+
+
+def _subclass():
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3))
+    return model, selection_of(model, **{"0_weight": [1], "1_weight": [2]})
+
+
+def _unknown():
+    model = nn.Linear(3, 3)
+    return model, sl.Selection({"wieght": torch.tensor([0])}, {"wieght": (3, 3)})
+
+
+def _second_name():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    return model, sl.Selection({"b.weight": torch.tensor([0])}, {"b.weight": (3, 3)})
+
+
+def _shape():
+    return nn.Linear(3, 3), sl.Selection({"weight": torch.tensor([0])}, {"weight": (9,)})
+
+
+def _embedding(**options):
+    def make():
+        model = nn.Embedding(5, 3, **options)
+        return model, selection_of(model, weight=[0, 4])
+
+    return make
+
+
+def _layout():
+    model = nn.Linear(3, 4)
+    model.weight = nn.Parameter(torch.randn(3, 4).t())
+    return model, selection_of(model, weight=[0, 4])
+
+
+def _replaced_forward():
+    model = nn.Linear(3, 4)
+    model.forward = model.forward
+    return model, selection_of(model, weight=[0, 4])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_attention, "'in_proj_weight'.* is part of a MultiheadAttention, which has no sampled gradient"),
+        (_convolution, "'1.weight'.* is part of a Conv2d"),
+        (_subclass, "'1.weight'.* is part of a Scaled"),
+        (_unknown, "selection names 'wieght', which is no parameter"),
+        (_second_name, "selection names 'b.weight', which is no parameter"),
+        (_shape, r"'weight'.* is for shape \(9,\), the model has \(3, 3\)"),
+        (_embedding(max_norm=1.0), "max_norm"),
+        (_embedding(sparse=True), "sparse"),
+        (_embedding(scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (_layout, "not contiguous"),
+        (_replaced_forward, "forward was replaced"),
+    ],
+)
+def test_what_cannot_be_masked_raises_and_the_model_is_as_it_was(make, message):
+    model, selection = make()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        sl.masked(model, selection)
+    assert [type(m) for m in model.modules()] == classes
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [(("clasifier",), "dense names 'clasifier'"), (("first",), "dense and selection both name 'first.weight'")],
+)
+def test_a_bad_dense_name_raises(build, pick, dense, message):
+    model = build("toy")
+    with pytest.raises(ValueError, match=message):
+        sl.masked(model, pick(model), dense=dense)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_masking_twice_raises_and_the_first_goes_on(build, pick):
+    model = build("toy")
+    one = selection_of(model, first_weight=[0])
+    other = selection_of(model, second_weight=[0])
+    with sl.masked(model, one) as training:
+        for again in (one, other):
+            with pytest.raises(ValueError, match="already in masked training"):
+                sl.masked(model, again)
+        assert [p for p in model.parameters() if p.requires_grad] == training.parameters()
+
+
+def test_a_class_that_is_called_masked_is_an_ordinary_one():
+    class MaskedNorm(nn.LayerNorm):
+        pass
+
+    model = nn.Sequential(MaskedNorm(4), nn.Linear(4, 2))
+    with sl.masked(model, selection_of(model, **{"0_bias": [1], "1_weight": [0], "1_bias": [1]})) as training:
+        model(torch.randn(3, 4)).sum().backward()
+        assert all(p.grad.all() for p in training.parameters())
+    assert [type(module) for module in model] == [MaskedNorm, nn.Linear]
+
+
+def test_a_matrix_of_any_module_may_be_selected_whole():
+    model = nn.Conv2d(1, 2, 3)
+    with sl.masked(model, selection_of(model, weight=list(range(18)))) as training:
+        assert training.parameters() == [model.weight]
+        assert not model.bias.requires_grad
+
+
+@pytest.mark.usefixtures("meta_default")
+def test_masked_training_makes_its_tensors_beside_the_weights():
+    model = nn.Sequential(nn.Embedding(5, 4, device="cpu"), nn.Linear(4, 3, device="cpu"), nn.LayerNorm(3, device="cpu"))
+    selection = sl.select(sl.uniform(model, 0), 12)
+    ids = torch.tensor([[0, 3], [1, 3]], device="cpu")
+    with sl.masked(model, selection) as training:
+        model(ids).square().sum().backward()
+        assert {p.grad.device.type for p in training.parameters()} == {"cpu"}
+        assert math.isfinite(sum(float(p.grad.sum()) for p in training.parameters()))
