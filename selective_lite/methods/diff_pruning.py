@@ -122,6 +122,18 @@ class Relaxed(nn.Module):
         return terms
 
     @torch.no_grad()
+    def count_open(self) -> int:
+        """How many differences pass the deterministic gates: what a projection can choose from, where w is not 0."""
+        left, right = self.stretch
+        threshold = math.log(-left / right)  # (eq-deterministic) is 0 below it
+        group = None if self.log_alpha_group is None else self.log_alpha_group > threshold
+        count = 0
+        for i, alpha in enumerate(self.log_alpha):
+            passed = alpha > threshold
+            count += int((passed if group is None else passed & group[self.group_ids[i]]).sum())
+        return count
+
+    @torch.no_grad()
     def project(self, budget: int | float) -> tuple[Selection, dict[str, Tensor]]:
         """The k largest |delta| under deterministic gates, and delta itself.
 
@@ -148,9 +160,9 @@ class Calibration:
     """Find lambda while training: lead E[L0] from N to the budget along a path.
 
     The path is the one of gates that all close at one speed: the logit of the share P(z != 0) falls linearly to
-    `closed` during the first `reach` of the phase, on top of the weights that are to stay. These are `slack` * k:
-    half-open gates count in part, and the projection needs k that are open. log(lambda) is steered by the error in
-    logits, in proportion (`gain`) and by its running sum (`memory`).
+    `closed` during the first `reach` of the phase, on top of the weights that are to stay. Half-open gates count in
+    E[L0] but not in the projection, which needs k gates that are open: E[L0] is led to where `slack` * k are.
+    log(lambda) is steered by the error in logits, in proportion (`gain`) and by its running sum (`memory`).
     """
 
     def __init__(
@@ -159,25 +171,27 @@ class Calibration:
         k: int,
         lam: float,
         *,
-        slack: float = 2.0,
+        slack: float = 1.2,
         closed: float = -8.0,
         reach: float = 0.9,
         gain: float = 4.0,
         memory: float = 0.05,
     ) -> None:
-        self.relaxed, self.lam, self.start_lam = relaxed, lam, lam
-        self.closed, self.reach, self.gain, self.memory = closed, reach, gain, memory
+        self.relaxed, self.k, self.lam, self.start_lam = relaxed, k, lam, lam
+        self.slack, self.closed, self.reach, self.gain, self.memory = slack, closed, reach, gain, memory
         self.total = sum(p.numel() for p in relaxed.w)
         self.expected = self.start = float(relaxed.expected_l0().detach())
-        self.keep = min(slack * k, 0.99 * self.start)
+        self.open = self.total
         self.errors = 0.0
         self.path: list[dict[str, float]] = []
 
     def target(self, progress: float) -> float:
         """Where E[L0] should be when the fraction `progress` of the phase is done."""
-        start = _logit((self.start - self.keep) / (self.total - self.keep))
+        half_open = min(max(self.expected / max(self.open, 1), 1.0), 3.0)
+        keep = min(self.slack * self.k * half_open, 0.9 * self.start)
+        start = _logit((self.start - keep) / (self.total - keep))
         logit = start + (self.closed - start) * min(progress / self.reach, 1.0)
-        return self.keep + (self.total - self.keep) / (1 + math.exp(-logit))
+        return keep + (self.total - keep) / (1 + math.exp(-logit))
 
     def penalty(self) -> Tensor:
         """lambda * E[L0], a scalar with gradient."""
@@ -187,8 +201,9 @@ class Calibration:
 
     def update(self, progress: float) -> None:
         """One step of lambda; a step's error counts as two logits at most, and lambda never exceeds 1e-3."""
+        self.open = self.relaxed.count_open()
         target = self.target(progress)
-        self.path.append({"lambda": self.lam, "expected_l0": self.expected, "target": target})
+        self.path.append({"lambda": self.lam, "expected_l0": self.expected, "target": target, "open": float(self.open)})
         error = _logit(self.expected / self.total) - _logit(target / self.total)
         error = max(-2.0, min(2.0, error))
         self.errors += error

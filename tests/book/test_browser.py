@@ -58,7 +58,7 @@ def report():
 @pytest.fixture(scope="session")
 def report_from_disk():
     """What the driver saw without any server: the title page, the search page, and a page with an explorer."""
-    return drive(SITE.as_uri() + "/", ["index.html", "search.html", *WITH_EXPLORER[:1]])
+    return drive(SITE.as_uri() + "/", ["index.html", "search.html?q=gate", *WITH_EXPLORER[:1]])
 
 
 def test_the_book_is_built_and_has_explorers():
