@@ -16,6 +16,9 @@ LOGS := _build/logs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
+# glibc hands every large buffer back to the system, and each step pays for new pages; with these it keeps them.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
+
 # $(call logged,name,command): run quietly; if it fails, show the end of its log.
 logged = mkdir -p $(LOGS); { $(2); } </dev/null >$(LOGS)/$(1).log 2>&1 \
 	|| { echo "Failed; the end of $(LOGS)/$(1).log:" >&2; tail -n 25 $(LOGS)/$(1).log >&2; exit 1; }
@@ -54,7 +57,8 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 
 .PHONY: results
 results: $(ENVIRONMENT) assets ## run the full experiments, hours; an interrupted run goes on where it stopped
-	$(BIN)/python -m selective_lite.lab.experiments
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.plan
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/masked_step.py
 
 .PHONY: setup
 setup: node browser $(ENVIRONMENT) $(NODE_MODULES) assets ## install everything, the system's part too (as root)
@@ -91,7 +95,7 @@ assets: $(ENVIRONMENT)
 
 # Always run: it decides by content which pages to execute, and renews this file only when the copy has changed.
 executed/.stamp: FORCE $(ENVIRONMENT) assets
-	@$(BIN)/python tests/book/execute.py
+	@$(KEEP_MEMORY) $(BIN)/python tests/book/execute.py
 
 # Built from nothing each time: an incremental build would not repeat the warnings of pages that it leaves as they are.
 $(SITE): executed/.stamp $(NODE_MODULES) _config.yml requirements.lock $(wildcard book/_ext/*)

@@ -112,11 +112,11 @@ class masked:
         self.close()
 
 
-def _dense_names(named: dict[str, nn.Parameter], prefixes: Sequence[str]) -> set[str]:
+def _dense_names(named: dict[str, nn.Parameter], prefixes: Sequence[str]) -> list[str]:
     for prefix in prefixes:
         if not any(starts_with(name, (prefix,)) for name in named):
             raise ValueError(f"dense names {prefix!r}, which is no parameter or prefix of this model")
-    return {name for name in named if starts_with(name, prefixes)}
+    return [name for name in named if starts_with(name, prefixes)]
 
 
 def _check(
@@ -125,7 +125,7 @@ def _check(
     shape: tuple[int, ...],
     named: dict[str, nn.Parameter],
     places: dict[str, list[tuple[nn.Module, str]]],
-    dense: set[str],
+    dense: Sequence[str],
 ) -> None:
     if name not in named:
         raise ValueError(f"selection names {name!r}, which is no parameter of this model (or a tied one's second name)")
@@ -254,6 +254,8 @@ class _SelectedEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         ids, values, index = ctx.saved_tensors
+        if ids.numel() == 0:
+            return None, None, torch.zeros_like(values), None, None
         seen, slot = ids.reshape(-1).unique(return_inverse=True)
         grad = grad.reshape(-1, ctx.width).to(torch.promote_types(grad.dtype, torch.float32))
         rows = grad.new_zeros(len(seen), ctx.width).index_add_(0, slot, grad)

@@ -1,7 +1,4 @@
-"""Experiments: the long runs behind the book's figures, one row a run; ``make results`` runs what is missing.
-
-Every choice is made on the validation split with seed 0 (`rates`); the test split is read once, by a finished row.
-"""
+"""Experiments: how a config of the plan becomes a row; ``make results`` runs what is missing."""
 
 from __future__ import annotations
 
@@ -24,45 +21,13 @@ from .tasks import Task, evaluate, load_task
 Config = Mapping[str, Any]
 
 NAME = "diff_pruning_movies"
-DATA = {
-    "task": "movies",
-    "train": 1000,
-    "validation": 500,
-    "batch": 32,
-    "epochs": 4,
-}  # Diff Pruning: 2 relaxed, 2 fixed
-BUDGETS = (0.005, 0.001)
-SEEDS = (0, 1, 2)
 LR_HEAD = 1e-3
 LR_W, LR_ALPHA = 3e-4, 0.3
-# One log grid for all, by half decades; each method is run where its own optimum lies inside.
-MASKED_GRID = (1e-3, 3e-3, 1e-2, 3e-2)
-DENSE_GRID = (3e-5, 1e-4, 3e-4)
 FIRST = 5  # losses kept, for a page to repeat
 
 
 class Enough(Exception):
     """Raised inside a run whose first losses are all that is wanted."""
-
-
-def configs() -> Iterator[Config]:
-    """The rows of `diff_pruning_movies`, the learning rates out of `rates`."""
-    chosen = {(row["config"]["method"], row["config"]["budget"]): row["lr"] for row in results.read(NAME + "_rates")}
-    for seed in SEEDS:
-        yield {"method": "full", "budget": 1.0, "seed": seed, "lr": chosen["full", 1.0], **DATA}
-        for budget in BUDGETS:
-            for method in ("unstructured", "structured", "random", "shuffled"):
-                # Structured differs by a gate, shuffled by positions: both take the unstructured run's rate.
-                tuned = "random" if method == "random" else "unstructured"
-                yield {"method": method, "budget": budget, "seed": seed, "lr": chosen[tuned, budget], **DATA}
-
-
-def rate_configs() -> Iterator[Config]:
-    """What is tuned: a method at a budget, over its grid, on seed 0 and the validation split."""
-    for method in ("unstructured", "random"):
-        for budget in BUDGETS:
-            yield {"method": method, "budget": budget, "seed": 0, "grid": MASKED_GRID, **DATA}
-    yield {"method": "full", "budget": 1.0, "seed": 0, "grid": DENSE_GRID, **DATA}
 
 
 def phases(model: Any, config: Config, lr: float) -> Generator[Phase, None, None]:
@@ -182,13 +147,3 @@ def _counts(selection: Selection | None) -> results.Row:
     if selection is None:
         return {}
     return {"selected": selection.count, "total": selection.total, "per_tensor": selection.per_tensor()}
-
-
-def main() -> None:
-    """Run every missing row, rates first."""
-    results.run_missing(NAME + "_rates", rate_configs(), sweep)
-    results.run_missing(NAME, configs(), run)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,7 @@ def drive(base, pages, *, axe=False, screenshots=None):
         "screenshots": screenshots and str(screenshots),
     }
     command = [programs["node"], str(Path(__file__).with_name("visit.cjs")), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

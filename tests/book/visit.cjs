@@ -18,7 +18,7 @@ const WIDE = { width: 1280, height: 900 };
 const PHONE = { width: 390, height: 844 };
 const WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"];
 const VIEW = 'script[type="application/vnd.jupyter.widget-view+json"]';
-const PATIENCE = 15000; // milliseconds until something that should appear counts as missing
+const PATIENCE = 45000; // milliseconds until something that should appear counts as missing, on a busy machine too
 
 const isOwn = (url) => url.startsWith(job.base) || /^(data|blob|about):/.test(url);
 

@@ -36,20 +36,28 @@ def assert_untouched(before, model, selection):
         assert torch.equal(expected, frozen[name]), name
 
 
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
+
+
 TRAININGS = {
-    "adamw, decay, clipping": {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "clip": 0.1},
-    "sgd, momentum, decay, accumulation": {
+    "sgd, momentum, decay, clipping, accumulation": {
         "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+        "clip": 0.5,
         "accumulate": 2,
     },
-    "autocast bf16": {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "autocast": True},
-    "checkpointing": {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "checkpoint": False},
-    "reentrant checkpointing": {"optimizer": lambda p: torch.optim.Adam(p, lr=1e-3), "checkpoint": True},
+    "adamw, decay, autocast bf16": {"optimizer": adamw, "autocast": True},
+    "adamw, decay, checkpointing": {"optimizer": adamw, "checkpoint": False},
+    "adamw, decay, reentrant checkpointing": {"optimizer": adamw, "checkpoint": True},
 }
 
 
-@pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name is too new
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [(kind, training) for kind in TRANSFORMERS for training in list(TRAININGS)[:3]]
+    + [("llama", "adamw, decay, reentrant checkpointing")],
+)
 def test_unselected_weights_keep_every_bit_through_50_steps(build, batches, pick, kind, training):
     setup = TRAININGS[training]
     model, data = build(kind), batches(kind, 5)
@@ -234,7 +242,7 @@ class Created(TorchDispatchMode):
 )
 def test_no_dense_gradient_of_a_selected_matrix_exists_at_any_moment(build, batches, pick, kind, matrices):
     model = build(kind).train()
-    (batch,) = batches(kind, 1, size=5)  # 5 * 7 tokens: no activation has as many entries as a matrix
+    (batch,) = batches(kind, 1, size=8)  # of 8 * 4 tokens: no activation has as many entries as one of these matrices
     batch = {key: value[:, :4] if value.dim() > 1 else value for key, value in batch.items()}
     sizes = {name: model.get_parameter(name).numel() for name in matrices}
     assert sizes == matrices
@@ -282,7 +290,7 @@ def test_what_requires_a_gradient_inside_is_what_is_trained(build, pick):
         inside = [p for p in model.parameters() if p.requires_grad]
         assert {id(p) for p in inside} == {id(p) for p in (*training.parameters(), *training.dense_parameters())}
         assert sum(p.numel() for p in training.parameters()) == selection.count
-        assert training.dense_parameters() == list(model.classifier.parameters())
+        assert {id(p) for p in training.dense_parameters()} == {id(p) for p in model.classifier.parameters()}
         assert all(p.grad is None for p in model.parameters())
         assert not any("_index" in key for key in model.state_dict())
 
@@ -355,13 +363,6 @@ def test_the_padding_row_gets_no_gradient():
         (table(ids) * torch.arange(1.0, 4.0)).sum().backward()
     # Row 0 is used once, row 1 is padding, row 2 is used twice, row 3 never; column j weighs j + 1.
     assert training.parameters()[0].grad.tolist() == [1, 0, 0, 4, 6, 0]
-
-
-def test_a_batch_without_a_token_has_a_zero_gradient():
-    table = nn.Embedding(4, 3)
-    with sl.masked(table, sl.select(sl.uniform(table, 0), 5)) as training:
-        table(torch.zeros(2, 0, dtype=torch.int64)).sum().backward()
-        assert training.parameters()[0].grad.tolist() == [0.0] * 5
 
 
 def test_a_step_between_forward_and_backward_is_noticed():
@@ -500,7 +501,8 @@ def test_masking_twice_raises_and_the_first_goes_on(build, pick):
         for again in (one, other):
             with pytest.raises(ValueError, match="already in masked training"):
                 sl.masked(model, again)
-        assert [p for p in model.parameters() if p.requires_grad] == training.parameters()
+        (trained,) = (p for p in model.parameters() if p.requires_grad)
+        assert trained is training.parameters()[0]
 
 
 def test_a_class_that_is_called_masked_is_an_ordinary_one():
@@ -517,7 +519,7 @@ def test_a_class_that_is_called_masked_is_an_ordinary_one():
 def test_a_matrix_of_any_module_may_be_selected_whole():
     model = nn.Conv2d(1, 2, 3)
     with sl.masked(model, selection_of(model, weight=list(range(18)))) as training:
-        assert training.parameters() == [model.weight]
+        assert training.parameters()[0] is model.weight
         assert not model.bias.requires_grad
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from selective_lite.lab import experiments, results
+from selective_lite.lab import plan, results
 
 FILES = sorted(path.stem for path in results.CHECKOUT.glob("*.json"))
 
 
 def test_there_are_rows():
-    assert {experiments.NAME, experiments.NAME + "_rates", "masked_step"} <= set(FILES)
+    assert {plan.NAME, plan.NAME + "_rates", "masked_step"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -31,18 +31,18 @@ def _as_read(configs):
 
 
 def test_every_config_has_its_row():
-    assert [row["config"] for row in results.read(experiments.NAME)] == _as_read(experiments.configs())
-    assert [row["config"] for row in results.read(experiments.NAME + "_rates")] == _as_read(experiments.rate_configs())
+    assert [row["config"] for row in results.read(plan.NAME)] == _as_read(plan.configs())
+    assert [row["config"] for row in results.read(plan.NAME + "_rates")] == _as_read(plan.rate_configs())
 
 
 def test_no_learning_rate_lies_on_the_edge_of_its_grid():
-    for row in results.read(experiments.NAME + "_rates"):
+    for row in results.read(plan.NAME + "_rates"):
         grid = row["config"]["grid"]
-        assert grid[0] < row["lr"] < grid[-1], f"widen the grid of {row['config']['method']} at {row['config']['budget']}"
+        assert grid[0] < row["lr"] < grid[-1], f"widen this grid: {row['config']}"
 
 
 def test_diff_pruning_rows_changed_exactly_k_weights():
-    for row in results.read(experiments.NAME):
+    for row in results.read(plan.NAME):
         if row["config"]["method"] in ("unstructured", "structured", "random", "shuffled"):
             assert row["selected"] == round(row["config"]["budget"] * row["total"]) == sum(row["per_tensor"].values())
 

@@ -224,14 +224,19 @@ def test_a_half_precision_model_is_scored_in_float32(build, batches):
 
 
 def test_a_tied_weight_is_scored_with_the_gradient_of_both_its_uses(build, batches):
-    model, data = build("llama").double(), batches("llama", 1)
-    name = "model.embed_tokens.weight"
-    found = sl.gradient_magnitude(model, data)[name]
+    model, data = build("bert_tied").double(), batches("bert_tied", 1)
+    name = "bert.embeddings.word_embeddings.weight"
+
+    def loss(model, batch):  # the model's own would round to float32
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    found = sl.gradient_magnitude(model, data, loss=loss)[name]
+    weight, position, step = model.get_parameter(name), (int(data[0]["input_ids"][0, 0]), 1), 1e-4
+    losses = []
     with torch.no_grad():
-        weight, position, step = model.get_parameter(name), (int(data[0]["input_ids"][0, 0]), 1), 1e-5
-        losses = []
-        for sign in (1, -1):
-            weight[position] += sign * step
-            losses.append(model(**data[0]).loss)
-            weight[position] -= sign * step
-    assert abs((losses[0] - losses[1]) / (2 * step)).item() == pytest.approx(found[position].item(), rel=1e-5)
+        for offset in (step, -2 * step):
+            weight[position] += offset
+            losses.append(float(loss(model, data[0])))
+    difference = (losses[0] - losses[1]) / (2 * step)
+    assert abs(difference) == pytest.approx(float(found[position]), rel=1e-5)

@@ -1,0 +1,64 @@
+"""Importing the library: torch, numpy and safetensors, no global state, and a save and load with nothing else."""
+
+import subprocess
+import sys
+
+HEAVY = ("transformers", "matplotlib", "ipywidgets", "peft", "IPython", "tqdm", "scipy", "selective_lite.lab")
+
+
+def python(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_imports_nothing_heavy_and_sets_no_global_state():
+    code = """
+import os, random, sys, warnings
+import numpy, torch
+import safetensors.torch
+def state():
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_device(),
+            torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state()), list(warnings.filters),
+            dict(os.environ), sys.path[:])
+before, loaded = state(), set(sys.modules)
+import selective_lite, selective_lite.methods.diff_pruning, selective_lite.methods.freezing
+assert state() == before
+new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
+print(*sorted(new - set(sys.stdlib_module_names)), *(n for n in sys.argv[1:] if n in sys.modules))
+"""
+    assert python(code, *HEAVY).split() == ["selective_lite"]
+
+
+def test_training_saving_and_loading_need_nothing_else(tmp_path):
+    # Every other package is hidden from the interpreter.
+    code = """
+import importlib.abc, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("transformers", "matplotlib", "ipywidgets", "peft", "IPython", "tqdm", "scipy", "pandas"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch
+from torch import nn
+import selective_lite as sl
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+base = sl.snapshot(model)
+data = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+selection = sl.select(sl.squared_gradient(model, data, reduction="batch", loss=loss), 10)
+sl.fit(model, sl.fixed_mask(model, selection, lr=0.01, epochs=3), data, loss=loss)
+sl.diff(base, model).save(sys.argv[1])
+model.load_state_dict(base)
+with sl.load(sys.argv[1]).apply(model):
+    print(sum(int((base[name] != p).sum()) for name, p in model.named_parameters()))
+"""
+    assert python(code, str(tmp_path / "delta")) == "10\n"
+
+
+def test_every_public_name_is_there():
+    import selective_lite
+
+    assert sorted(selective_lite.__all__) == selective_lite.__all__
+    assert all(getattr(selective_lite, name).__doc__ for name in selective_lite.__all__)

@@ -1,0 +1,285 @@
+"""Fit: phases in turn, rates and clipping by group, hooks in order, and a model that comes back after an error."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+
+import selective_lite as sl
+
+
+def run(model, phases, data, **options):
+    return sl.fit(model, phases, data, **options)
+
+
+def phase(trained, **options):
+    """A phase that trains the first layer, for one epoch and without clipping unless asked for."""
+    options = {"epochs": 1, "clip": None, **options}
+    return sl.Phase("only", [{"params": list(trained.first.parameters()), "lr": 0.1}], **options)
+
+
+def test_records_tell_phase_step_and_loss(build, batches):
+    model, data = build("toy"), batches("toy", 3)
+    seen = []
+
+    def phases():
+        yield phase(model, epochs=2)
+        yield sl.Phase("second", [{"params": model.second.parameters(), "lr": 0.1}], 1, penalty=lambda: torch.tensor(2.5))
+
+    records = run(model, phases(), data, on_step=seen.append)
+    assert seen == records
+    assert [(r["phase"], r["step"]) for r in records] == [("only", i) for i in range(1, 7)] + [
+        ("second", i) for i in range(1, 4)
+    ]
+    assert [r["penalty"] for r in records] == [0.0] * 6 + [2.5] * 3
+
+
+def test_a_step_is_the_optimizer_s_step_on_loss_plus_penalty(build, batches):
+    model, twin, data = build("toy"), build("toy"), batches("toy", 1)
+    model.dropout.p = twin.dropout.p = 0.0
+
+    def penalty(model):
+        return 0.3 * model.first.weight.square().sum()
+
+    records = run(model, [phase(model, penalty=lambda: penalty(model))], data, optimizer=torch.optim.SGD)
+
+    loss = twin(**data[0]).loss
+    (loss + penalty(twin)).backward()
+    with torch.no_grad():
+        for p in twin.first.parameters():
+            p.add_(p.grad, alpha=-0.1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert records == [{"phase": "only", "step": 1, "loss": loss.item(), "penalty": penalty(build("toy")).item()}]
+
+
+def test_every_group_follows_its_own_schedule(build, batches):
+    model, data = build("toy"), batches("toy", 4)
+    groups = [
+        {"params": model.first.parameters(), "lr": 0.4},
+        {"params": model.second.parameters(), "lr": 0.2, "schedule": sl.constant},
+        {"params": model.norm.parameters(), "lr": 1.0, "schedule": lambda progress: 1 + progress},
+    ]
+    optimizers, rates = [], defaultdict(list)
+
+    def optimizer(groups):
+        optimizers.append(torch.optim.SGD(groups))
+        return optimizers[-1]
+
+    def before_step():
+        for number, group in enumerate(optimizers[-1].param_groups):
+            rates[number].append(group["lr"])
+
+    run(model, [sl.Phase("rates", groups, 1, before_step=before_step)], data, optimizer=optimizer)
+    assert rates[0] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert rates[1] == pytest.approx([0.2] * 4)
+    assert rates[2] == pytest.approx([1.0, 1.25, 1.5, 1.75])
+
+
+def test_every_group_is_clipped_by_itself(build, batches):
+    model, data = build("toy"), batches("toy", 1)
+    groups = [{"params": list(module.parameters()), "lr": 1.0} for module in (model.first, model.second)]
+    norms = []
+
+    def scale():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= 1000
+
+    def optimizer(groups):
+        class Watch(torch.optim.SGD):
+            def step(self):
+                for group in self.param_groups:
+                    norms.append(float(torch.cat([p.grad.flatten() for p in group["params"]]).norm()))
+
+        return Watch(groups)
+
+    run(model, [sl.Phase("clip", groups, 1, before_step=scale, clip=0.25)], data, optimizer=optimizer)
+    assert norms == pytest.approx([0.25, 0.25], rel=1e-4)
+    norms.clear()
+    run(model, [sl.Phase("no clip", groups, 1, before_step=scale, clip=None)], data, optimizer=optimizer)
+    assert min(norms) > 0.25
+
+
+def test_hooks_run_around_the_step_in_order(build, batches):
+    model, data = build("toy"), batches("toy", 2)
+    calls = []
+
+    def optimizer(groups):
+        class Watch(torch.optim.SGD):
+            def step(self):
+                calls.append("step")
+                super().step()
+
+        return Watch(groups)
+
+    def loss(model, batch):
+        calls.append("loss")
+        return model(**batch).loss
+
+    def before_step():
+        assert all(p.grad is not None for p in model.first.parameters())
+        calls.append("before")
+
+    made = phase(model, before_step=before_step, after_step=lambda progress: calls.append(progress), epochs=2)
+    run(model, [made], data, loss=loss, optimizer=optimizer, on_step=lambda record: calls.append("record"))
+    assert calls == [
+        entry for progress in (0.25, 0.5, 0.75, 1.0) for entry in ("loss", "before", "step", progress, "record")
+    ]
+
+
+def test_a_gradient_changed_before_the_step_is_the_one_applied(build, batches):
+    model = build("toy")
+    before = sl.snapshot(model)
+
+    def zero():
+        for p in model.first.parameters():
+            p.grad.zero_()
+
+    run(model, [phase(model, before_step=zero)], batches("toy", 2), optimizer=torch.optim.SGD)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_each_phase_has_a_new_optimizer_and_may_follow_from_the_last(build, batches):
+    model, data = build("toy"), batches("toy", 1)
+    made = []
+
+    def optimizer(groups):
+        made.append(torch.optim.SGD(groups, momentum=0.9))
+        return made[-1]
+
+    def phases():
+        yield phase(model)
+        after_first.append(sl.snapshot(model))
+        yield phase(model)
+
+    after_first = []
+    start = sl.snapshot(model)
+    run(model, phases(), data, optimizer=optimizer)
+    assert len(made) == 2
+    assert not torch.equal(after_first[0]["first.weight"], start["first.weight"])
+    assert not torch.equal(after_first[0]["first.weight"], model.first.weight)
+
+
+def test_a_phase_may_wrap_the_model(build, batches):
+    model, data = build("toy"), batches("toy", 1)
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **batch):
+            found = self.inner(**batch)
+            found.loss = 2 * found.loss
+            return found
+
+    model.dropout.p = 0.0
+    plain = model(**data[0]).loss.item()
+    records = run(model, [phase(model, model=Doubled())], data)
+    assert records[0]["loss"] == pytest.approx(2 * plain)
+
+
+def test_modes_are_training_during_a_phase_and_put_back_module_by_module(build, batches):
+    model, data = build("toy"), batches("toy", 1)
+    model.train()
+    model.norm.eval()
+    during = []
+
+    def loss(model, batch):
+        during.append(all(module.training for module in model.modules()))
+        return model(**batch).loss
+
+    run(model, [phase(model)], data, loss=loss)
+    assert during == [True]
+    assert [name for name, module in model.named_modules() if not module.training] == ["norm"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_raises_and_its_step_is_not_applied(build, batches, bad):
+    model, data = build("toy"), batches("toy", 3)
+    states = []
+
+    def loss(model, batch):
+        states.append(sl.snapshot(model))
+        return model(**batch).loss * (bad if len(states) == 3 else 1.0)
+
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) in phase 'only', step 3"):
+        run(model, [phase(model)], data, loss=loss)
+    assert all(torch.equal(states[2][name], p) for name, p in model.named_parameters())
+    assert not torch.equal(states[0]["first.weight"], states[2]["first.weight"])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda model, selection: sl.fixed_mask(model, selection, lr=1e-3, epochs=2),
+        lambda model, selection: sl.dense(model, lr=1e-3, epochs=2),
+    ],
+    ids=["fixed_mask", "dense"],
+)
+def test_an_error_inside_a_phase_leaves_an_ordinary_model_while_it_is_handled(build, batches, pick, method, error):
+    model, data = build("toy"), batches("toy", 2)
+    model.first.weight.requires_grad_(False)
+    keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+
+    def on_step(record):
+        if record["step"] == 3:
+            raise error("stop")
+
+    with pytest.raises(error, match="stop") as caught:
+        run(model, method(model, pick(model)), data, on_step=on_step)
+    assert caught.traceback  # alive here, and with it every frame of `fit`
+    assert list(model.state_dict()) == keys
+    assert [type(module) for module in model.modules()] == classes
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
+    assert not any(module.training for module in model.modules())
+
+
+def test_no_batch_and_no_epoch_raise_before_the_model_is_touched(build, pick):
+    model = build("toy")
+    with pytest.raises(ValueError, match="batches is empty"):
+        run(model, sl.fixed_mask(model, pick(model), lr=1e-3, epochs=1), [])
+    with pytest.raises(ValueError, match=r"epochs=0 of phase 'fixed mask' must be at least 1"):
+        run(model, sl.fixed_mask(model, pick(model), lr=1e-3, epochs=0), [{}])
+    assert type(model.first) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_fixed_mask_trains_the_selection_and_the_head_at_their_rates(build, batches, pick):
+    model, data = build("toy"), batches("toy", 4)
+    selection, before = pick(model), sl.snapshot(model)
+    (made,) = sl.fixed_mask(model, selection, lr=1e-3, lr_head=1e-2, epochs=1, weight_decay=0.5)
+    assert [(group["lr"], group["weight_decay"]) for group in made.groups] == [(1e-3, 0.5), (1e-2, 0.5)]
+
+    run(model, sl.fixed_mask(model, selection, lr=1e-3, lr_head=1e-2, epochs=3), data)
+    masks = selection.masks()
+    for name, p in model.named_parameters():
+        if name in masks:
+            assert torch.equal(p[~masks[name]], before[name][~masks[name]])
+        else:
+            assert not (p == before[name]).any()
+    assert any((p != before[name]).any() for name, p in sl.weights(model).items())
+
+
+def test_dense_trains_everything_and_puts_the_flags_back(build, batches):
+    model, data = build("toy"), batches("toy", 4)
+    model.first.weight.requires_grad_(False)
+    before = sl.snapshot(model)
+    run(model, sl.dense(model, lr=1e-2, lr_head=1e-3, epochs=1), data)
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
+    (made,) = sl.dense(model, lr=1e-2, lr_head=1e-3, epochs=1)
+    assert [group["lr"] for group in made.groups] == [1e-2, 1e-3]
+    assert [id(p) for p in made.groups[1]["params"]] == [id(p) for p in model.classifier.parameters()]
+
+
+def test_the_same_run_twice_gives_the_same_bits(build, batches, pick):
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)  # dropout
+        model = build("toy")
+        run(model, sl.fixed_mask(model, pick(model), lr=1e-2, epochs=2), batches("toy", 3))
+        found.append(sl.snapshot(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
