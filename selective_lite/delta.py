@@ -254,7 +254,7 @@ def load(path: str | os.PathLike) -> Delta:
         parts[prefix][key.removeprefix(prefix)] = tensor
     try:
         _check(delta)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
     return delta
 

@@ -125,7 +125,8 @@ def test_the_composed_weights_and_the_loss(golden, relaxed):
 def test_the_expected_l0(golden, relaxed):
     found = relaxed.expected_l0_by_tensor()
     per_layer = [
-        sum(term for name, term in found.items() if key in name) for key in ("embeddings", "layer.0", "layer.1", "pooler")
+        sum(term for name, term in found.items() if key in name)
+        for key in ("embeddings", "layer.0", "layer.1", "pooler")
     ]
     torch.testing.assert_close(torch.stack(per_layer).double(), golden["l0_pen_per_layer"], **TOLERANCE)
     expected = golden["l0_pen_sum_elementwise_only"].float()

@@ -45,7 +45,9 @@ def test_the_forward_is_the_model_at_theta0_plus_delta(build, batches, groups):
 def test_a_difference_is_gate_times_group_gate_times_w(build):
     relaxed = settle(Relaxed(build("bert"), groups="head")).eval()
     for i, (name, delta) in enumerate(relaxed.differences().items()):
-        z, z_group = (sl.deterministic_gate(a, stretch=(-1.5, 1.5)) for a in (relaxed.log_alpha[i], relaxed.log_alpha_group))
+        z, z_group = (
+            sl.deterministic_gate(a, stretch=(-1.5, 1.5)) for a in (relaxed.log_alpha[i], relaxed.log_alpha_group)
+        )
         assert torch.equal(delta, z * relaxed.w[i] * z_group[relaxed.group_ids[i]]), name
 
 
@@ -251,13 +253,15 @@ def test_too_strong_a_penalty_raises_and_leaves_theta0(build, batches):
                 log_alpha.fill_(-10.0)
         yield from method
 
-    with pytest.raises(ValueError, match="asks for 25 weights, but only 0 scores|zero for every weight"):
+    with pytest.raises(ValueError, match="zero for every weight"):
         sl.fit(model, phases(), batches("bert", 2))
     assert all(torch.equal(before[name], p) for name, p in sl.weights(model).items())
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize(("budget", "error"), [(True, TypeError), (0, ValueError), (1.5, ValueError), (10**9, ValueError)])
+@pytest.mark.parametrize(
+    ("budget", "error"), [(True, TypeError), (0, ValueError), (1.5, ValueError), (10**9, ValueError)]
+)
 def test_a_bad_budget_raises_before_a_step(build, batches, budget, error):
     model = build("toy")
     with pytest.raises(error, match="budget="):
@@ -280,7 +284,7 @@ def test_the_calibration_leads_the_expected_count_from_all_weights_to_the_budget
         {"params": list(relaxed.w), "lr": 0.01},
         {"params": [*relaxed.log_alpha, relaxed.log_alpha_group], "lr": 1.0, "schedule": sl.constant},
     ]
-    phase = sl.Phase("relaxed", groups, 10, penalty=calibration.penalty, after_step=calibration.update, model=relaxed)
+    phase = sl.Phase("relaxed", groups, 5, penalty=calibration.penalty, after_step=calibration.update, model=relaxed)
     records = sl.fit(model, [phase], data)
     assert [step["expected_l0"] * step["lambda"] for step in calibration.path] == pytest.approx(
         [record["penalty"] for record in records], rel=1e-4
@@ -289,7 +293,7 @@ def test_the_calibration_leads_the_expected_count_from_all_weights_to_the_budget
     assert expected[0] > 0.9 * total
     assert k < expected[-1] < 4 * k
     assert relaxed.project(k)[0].count == k
-    assert len({step["lambda"] for step in calibration.path}) > 50
+    assert len({step["lambda"] for step in calibration.path}) > 25
 
 
 def test_the_calibration_bears_gates_that_are_all_open(build):

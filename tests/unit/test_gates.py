@@ -14,7 +14,7 @@ BETAS = st.floats(0.2, 2)
 
 
 def by_hand(log_alpha, u, beta, stretch):
-    """z, dz/d log_alpha: s = sigmoid((log u - log(1-u) + log_alpha) / beta), dz = 1[0 < s_bar < 1] (r - l) s (1 - s) / beta."""
+    """z, and its derivative 1[0 < s_bar < 1] (r - l) s (1 - s) / beta; s = sigmoid((logit u + log_alpha) / beta)."""
     left, right = stretch
     s = 1 / (1 + torch.exp(-(u.log() - (1 - u).log() + log_alpha) / beta))
     stretched = s * (right - left) + left

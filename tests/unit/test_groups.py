@@ -49,7 +49,8 @@ def test_layers_of_two_stacks_are_apart():
 def _heads_that_change(model, batch, change):
     """Which heads' context changes in the first attention block when `change` is applied to the model."""
     seen = []
-    module = [m for n, m in model.named_modules() if n.endswith(("attention.output.dense", "self_attn.o_proj"))][0]
+    outputs = ("attention.output.dense", "self_attn.o_proj")
+    module = next(m for n, m in model.named_modules() if n.endswith(outputs))
     hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
     with torch.no_grad():
         model(**batch)

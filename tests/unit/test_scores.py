@@ -26,7 +26,9 @@ def gradients(model, batch):
 
 
 def samples(data):
-    return [{key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(len(batch["labels"]))]
+    return [
+        {key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(len(batch["labels"]))
+    ]
 
 
 def assert_close(found, expected):

@@ -25,7 +25,9 @@ def test_records_tell_phase_step_and_loss(build, batches):
 
     def phases():
         yield phase(model, epochs=2)
-        yield sl.Phase("second", [{"params": model.second.parameters(), "lr": 0.1}], 1, penalty=lambda: torch.tensor(2.5))
+        yield sl.Phase(
+            "second", [{"params": model.second.parameters(), "lr": 0.1}], 1, penalty=lambda: torch.tensor(2.5)
+        )
 
     records = run(model, phases(), data, on_step=seen.append)
     assert seen == records
