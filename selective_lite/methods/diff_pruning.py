@@ -246,7 +246,7 @@ def diff_pruning(
     epochs
         Of the relaxed phase, and of the fixed-mask phase.
     lam
-        Where lambda starts; `Calibration` then steers it so that E[L0] reaches k.
+        Where lambda starts; `Calibration` then steers it so that a little more than k gates stay open.
     groups, penalty, seed, head
         As in `Relaxed`.
 
