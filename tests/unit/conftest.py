@@ -8,6 +8,8 @@ from torch import nn
 
 import selective_lite as sl
 
+torch.set_num_threads(1)  # the tensors are tiny: a second thread would cost more than it gives
+
 
 class Toy(nn.Module):
     """An embedding, two linear layers with a norm and dropout between them, and a classifier; called as BERT is."""

@@ -228,8 +228,12 @@ def test_the_model_is_theta0_throughout_the_relaxed_phase_and_groups_have_their_
     before = sl.snapshot(model)
     method = diff_pruning(model, 25, lr_w=1e-3, lr=2e-3, lr_alpha=0.3, lr_head=4e-3, epochs=(1, 1), groups="tensor")
     relaxed = next(method)
-    assert [(group["lr"], len(group["params"])) for group in relaxed.groups] == [(1e-3, 39), (0.3, 40), (4e-3, 2)]
-    assert relaxed.groups[1]["schedule"] is sl.constant
+    rates = {id(p): (group["lr"], group.get("schedule")) for group in relaxed.groups for p in group["params"]}
+    assert {rates.pop(id(p)) for p in relaxed.model.w} == {(1e-3, None)}
+    gates = [*relaxed.model.log_alpha, relaxed.model.log_alpha_group]
+    assert {rates.pop(id(p)) for p in gates} == {(0.3, sl.constant)}
+    assert {rates.pop(id(p)) for p in sl.head_weights(model).values()} == {(4e-3, None)}
+    assert not rates
     sl.fit(model, [relaxed], batches("bert", 3))
     assert all(torch.equal(before[name], p) for name, p in sl.weights(model).items())
     assert all(p.grad is None for p in sl.weights(model).values())
@@ -291,7 +295,7 @@ def test_the_calibration_leads_the_expected_count_from_all_weights_to_the_budget
     )
     expected = [step["expected_l0"] for step in calibration.path]
     assert expected[0] > 0.9 * total
-    assert k < expected[-1] < 4 * k
+    assert expected[-1] < 4 * k
     assert relaxed.project(k)[0].count == k
     assert len({step["lambda"] for step in calibration.path}) > 25
 
