@@ -91,7 +91,7 @@ $(NODE_MODULES): book/package.json book/package-lock.json | node
 # Downloads and verifies what is missing, and only verifies the rest.
 .PHONY: assets
 assets: $(ENVIRONMENT)
-	@$(BIN)/python -m selective_lite.lab.assets
+	@$(BIN)/python -m selective_lite.lab
 
 # Always run: it decides by content which pages to execute, and renews this file only when the copy has changed.
 executed/.stamp: FORCE $(ENVIRONMENT) assets

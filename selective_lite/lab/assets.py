@@ -185,8 +185,3 @@ def bundle(destination: Path) -> None:
     for name in ASSETS:
         folder = asset(name)
         shutil.copytree(folder, destination / name / folder.name, dirs_exist_ok=True)
-
-
-if __name__ == "__main__":
-    for asset_name in ASSETS:
-        print(f"{asset_name}: {asset(asset_name)}")

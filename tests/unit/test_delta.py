@@ -333,6 +333,12 @@ def test_hostile_metadata_are_refused(path, metadata):
         sl.load(forged(path, metadata=metadata))
 
 
+def test_metadata_of_a_tensor_that_is_not_there_are_refused(path):
+    shapes, dtypes = ({**metadata_of(path)[key], "gone": value} for key, value in (("shapes", [1]), ("dtypes", "x")))
+    with pytest.raises(sl.DeltaError, match="do not name the same parameters"):
+        sl.load(forged(path, metadata={"shapes": shapes, "dtypes": dtypes}))
+
+
 @pytest.mark.parametrize("shape", ["53", [53, -12], [53.0, 12], [53, 12, 10**40], [2**40, 2**40], None, [[53], 12], {}])
 def test_a_hostile_shape_is_refused_by_file_or_by_model(path, tuned, shape):
     base, _ = tuned

@@ -96,6 +96,17 @@ def test_the_gradients_are_the_manual_ones(build, batches):
     assert group_gradient.any()
 
 
+def test_the_noise_reaches_as_far_as_in_the_authors_code(build):
+    relaxed = Relaxed(build("toy"), log_alpha=-6.0).train()
+    with torch.no_grad():
+        for w in relaxed.w:
+            w.fill_(1.0)
+        opened = sum(int(d.count_nonzero()) for _ in range(100) for d in relaxed.differences().values())
+    draws = 100 * sum(w.numel() for w in relaxed.w)
+    # A gate opens where u > sigmoid(6), which u within [1e-4, 1 - 1e-4] allows and [1e-2, 1 - 1e-2] would not.
+    assert opened == pytest.approx(draws * 0.00247, rel=0.4)
+
+
 def probabilities(relaxed):
     """P(z != 0) of every gate and of every group; with beta 1 and (-1.5, 1.5) it is a sigmoid."""
     group = None if relaxed.log_alpha_group is None else relaxed.log_alpha_group.sigmoid()

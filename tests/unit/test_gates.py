@@ -61,6 +61,8 @@ def test_noise_of_zero_and_one_gives_finite_gates_and_gradients():
     z.sum().backward()
     assert z.tolist() == [0.0, 1.0]
     assert log_alpha.grad.isfinite().all()
+    # It counts as noise of 1e-6, and so a gate that is open enough is open under any noise.
+    assert sl.hard_concrete(torch.tensor(20.0), torch.tensor(0.0)) == 1
 
 
 def test_the_deterministic_gate_has_no_temperature():

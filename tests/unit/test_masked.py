@@ -373,15 +373,33 @@ def test_the_padding_row_gets_no_gradient():
     assert training.parameters()[0].grad.tolist() == [1, 0, 0, 4, 6, 0]
 
 
-def test_a_step_between_forward_and_backward_is_noticed():
-    layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    with sl.masked(layer, sl.select(sl.uniform(layer, 0), 10)) as training:
-        out = layer(torch.ones(1, 3)).sum()
+@pytest.mark.parametrize(
+    ("module", "input"),
+    [
+        (nn.Linear(3, 3), torch.ones(1, 3)),
+        (nn.Embedding(3, 3), torch.tensor([1])),
+        (nn.LayerNorm(3), torch.randn(1, 3)),
+    ],
+    ids=["linear", "embedding", "vector"],
+)
+def test_a_step_between_forward_and_backward_is_noticed(module, input):
+    with sl.masked(module, selection_of(module, weight=[0, 2])) as training:
+        out = module(input).sum()
         with torch.no_grad():
-            for p in training.parameters():
-                p.add_(1)
+            training.parameters()[0].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.backward()
+
+
+def test_a_module_may_be_called_twice_before_the_backward(build, batches, pick):
+    model, (one, other) = build("bert_tied"), batches("bert_tied", 2)
+    (model(**one).loss + model(**other).loss).backward()
+    selection = pick(model)
+    expected = {name: model.get_parameter(name).grad.reshape(-1)[i] for name, i in selection.indices.items()}
+    with sl.masked(model, selection) as training:
+        (model(**one).loss + model(**other).loss).backward()
+        for (name, gradient), vector in zip(expected.items(), training.parameters(), strict=True):
+            torch.testing.assert_close(vector.grad.reshape(-1), gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["float64", "bfloat16"]), st.data())
