@@ -17,6 +17,7 @@ from selective_lite.lab import load_classifier, results
 
 LINEAR = ["query", "key", "value", "dense"]  # every linear layer of BERT, the classifier apart
 CONFIG = {"model": "minilm", "batch": 32, "tokens": 32, "budget": 0.005, "rank": 8, "warmup": 3, "rounds": 25}
+ROOTS = ["masked.py:masked", "select.py:select", "scores.py:uniform", "ledger.py:ledger"]
 
 
 def contenders(config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, torch.optim.Optimizer | None]]:
@@ -98,7 +99,7 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 
 if __name__ == "__main__":
-    row = results.run_missing("masked_step", [CONFIG], run)[0]
+    row = results.run_missing("masked_step", [CONFIG], run, lambda config: ROOTS)[0]
     print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
     for way, median_seconds in row["median_seconds"].items():
         counted = row["bytes"][way]

@@ -8,7 +8,7 @@ the module; the dense tensor stays in place, frozen, and takes the vector's valu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -39,6 +39,8 @@ class masked:
         Which weights are trained.
     dense
         Names or prefixes of parameters that are trained whole beside it, such as the task head.
+    shrinks
+        Make compact vectors of tensors that are selected whole too, so that `shrink` can drop any of their entries.
 
     Raises
     ------
@@ -53,14 +55,16 @@ class masked:
     ...     ...  # any training loop
     """
 
-    def __init__(self, model: nn.Module, selection: Selection, dense: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, selection: Selection, dense: Sequence[str] = (), *, shrinks: bool = False
+    ) -> None:
         if any(compact_parameters(model)):
             raise ValueError("model is already in masked training; leave that first")
         named = dict(model.named_parameters())
         places = owners(model)
         dense_names = _dense_names(named, (dense,) if isinstance(dense, str) else dense)
         for name, positions in selection.indices.items():
-            _check(name, positions, selection.shapes[name], named, places, dense_names)
+            _check(name, positions, selection.shapes[name], named, places, dense_names, shrinks)
 
         self.model, self.selection = model, selection
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -71,7 +75,7 @@ class masked:
             parameter.requires_grad_(name in dense_names)
             parameter.grad = None
         for name, positions in selection.indices.items():
-            if len(positions) == named[name].numel():  # a whole tensor trains as it is
+            if len(positions) == named[name].numel() and not shrinks:  # a whole tensor trains as it is
                 named[name].requires_grad_(True)
                 self._compact[name] = named[name]
                 continue
@@ -91,6 +95,41 @@ class masked:
     def dense_parameters(self) -> list[nn.Parameter]:
         """What is trained whole beside the selection."""
         return list(self._dense)
+
+    def shrink(self, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Stop training a part of the selection: what is dropped stays at its value, survivors keep their moments.
+
+        Parameters
+        ----------
+        keep
+            ``{name: bool vector}``, one entry for every value of that tensor's compact vector.
+        optimizer
+            Whose state is shrunk along.
+
+        Raises
+        ------
+        ValueError
+            If `keep` names a tensor without a compact vector, or has another length. Nothing is changed.
+        """
+        for name, kept in keep.items():
+            if name not in self._places:
+                raise ValueError(f"keep names {name!r}, which has no compact vector; give masked(..., shrinks=True)")
+            if kept.dtype != torch.bool or kept.shape != self._compact[name].shape:
+                expected = tuple(self._compact[name].shape)
+                raise ValueError(f"keep[{name!r}] is {kept.dtype} of shape {tuple(kept.shape)}, not bool of {expected}")
+        for name, kept in keep.items():
+            values = self._compact[name]
+            for module, attribute in self._places[name]:
+                write_selected(module, attribute)
+            for key, state in optimizer.state.get(values, {}).items():
+                if torch.is_tensor(state) and state.shape == values.shape:
+                    optimizer.state[values][key] = state[kept]
+            gradient, values.grad = values.grad, None
+            for module, attribute in self._places[name]:
+                index = attribute + SUFFIX + "_index"
+                setattr(module, index, getattr(module, index)[kept])
+            values.data = values.data[kept]
+            values.grad = None if gradient is None else gradient[kept]
 
     def close(self) -> None:
         """Write the trained values into the weights and make the model an ordinary one again; twice does nothing."""
@@ -126,6 +165,7 @@ def _check(
     named: dict[str, nn.Parameter],
     places: dict[str, list[tuple[nn.Module, str]]],
     dense: Sequence[str],
+    shrinks: bool,
 ) -> None:
     if name not in named:
         raise ValueError(f"selection names {name!r}, which is no parameter of this model (or a tied one's second name)")
@@ -133,7 +173,7 @@ def _check(
         raise ValueError(f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(named[name].shape)}")
     if name in dense:
         raise ValueError(f"dense and selection both name {name!r}; train it one way")
-    if len(positions) == prod(shape):
+    if len(positions) == prod(shape) and not shrinks:
         return
     if not named[name].is_contiguous():
         raise ValueError(f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first")

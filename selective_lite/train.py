@@ -17,6 +17,7 @@ from .select import Selection
 
 Schedule = Callable[[float], float]
 Group = dict[str, Any]
+Action = Callable[[float, torch.optim.Optimizer], None]
 
 
 def constant(progress: float) -> float:
@@ -45,8 +46,8 @@ class Phase:
     penalty
         Added to the loss at every step, a scalar tensor with gradient.
     before_step, after_step
-        Called between backward and clipping (to change gradients), and after the optimizer's step; `after_step` gets
-        the fraction of the phase that is done, in (0, 1].
+        Called between backward and clipping (to change gradients), and after the optimizer's step. Both get the
+        fraction of the phase that is done with this step, in (0, 1], and the optimizer (SoRA needs its rate).
     model
         Called in place of the model, where a phase wraps it (Diff Pruning's gates).
     clip
@@ -59,8 +60,8 @@ class Phase:
     groups: Sequence[Group]
     epochs: int
     penalty: Callable[[], Tensor] | None = None
-    before_step: Callable[[], None] | None = None
-    after_step: Callable[[float], None] | None = None
+    before_step: Action | None = None
+    after_step: Action | None = None
     model: nn.Module | None = None
     clip: float | None = 1.0
     selection: Selection | None = None
@@ -147,14 +148,14 @@ def _steps(
         opt.zero_grad()
         total.backward()
         if phase.before_step:
-            phase.before_step()
+            phase.before_step(step / steps, opt)
         if phase.clip is not None:
             for group in opt.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], phase.clip)
         opt.step()
         rates.step()
         if phase.after_step:
-            phase.after_step(step / steps)
+            phase.after_step(step / steps, opt)
         yield {"phase": phase.name, "step": step, "loss": task.item(), "penalty": penalty.item()}
 
 

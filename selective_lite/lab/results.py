@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import base64
-import hashlib
 import importlib.resources
 import json
 import os
@@ -18,12 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .provenance import code_hash
+
 Row = dict[str, Any]
-PACKAGE = Path(__file__).resolve().parents[1]
-CHECKOUT = PACKAGE.parent / "results"
-# What a run's numbers follow from: the library and the tasks, not the pages, plots and readers of results.
-SOURCES = ("*.py", "methods/*.py", "lab/models.py", "lab/tasks.py", "lab/experiments.py")
-APART = ("__init__.py", "delta.py", "ledger.py", "freezing.py")  # of these, no run's numbers follow
+CHECKOUT = Path(__file__).resolve().parents[2] / "results"
 
 
 def read(name: str) -> list[Row]:
@@ -34,30 +30,17 @@ def read(name: str) -> list[Row]:
     return json.loads(packaged.read_text()) if packaged.is_file() else []
 
 
-def library_hash() -> str:
-    """SHA-256 of the code that results follow from; comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in PACKAGE.glob(pattern) if path.name not in APART):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
-                node.body = body[1:]  # type: ignore[attr-defined]
-        digest.update(f"{path.relative_to(PACKAGE)}\n{ast.dump(tree)}\n".encode())
-    return digest.hexdigest()
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
 def stale(rows: Iterable[Row]) -> list[Row]:
     """The rows that other code than today's has made."""
-    today = library_hash()
-    return [row for row in rows if row["library"] != today]
+    return [row for row in rows if row["library"] != code_hash(row["roots"])]
 
 
-def run_missing(name: str, configs: Iterable[Mapping[str, Any]], run: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
+def run_missing(
+    name: str,
+    configs: Iterable[Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], Row],
+    roots: Callable[[Mapping[str, Any]], list[str]],
+) -> list[Row]:
     """Run every config that has no current row, and keep each row as soon as it is there.
 
     A killed run costs one row. Rows of other configs, or of other code, are replaced at the end.
@@ -70,18 +53,21 @@ def run_missing(name: str, configs: Iterable[Mapping[str, Any]], run: Callable[[
         JSON-able mappings; a config is the identity of its row.
     run
         ``config -> result``, a JSON-able dict.
+    roots
+        ``config -> definitions`` that its result follows from, as `code_hash` takes them.
 
     Returns
     -------
     list of dict
         One row a config: ``config``, the result's own keys, ``seconds``, ``device``, ``threads``, ``versions``,
-        ``library``.
+        ``roots``, and ``library``, the hash of these.
     """
     wanted = [json.loads(json.dumps(dict(config))) for config in configs]
-    today = library_hash()
-    old = read(name)
-    rows = [row for row in old if row["config"] in wanted and row["library"] == today]
-    for number, config in enumerate(wanted, 1):
+    old = [row for row in read(name) if row["config"] in wanted]
+    outdated = stale(old)
+    rows = [row for row in old if row not in outdated]
+    hashes = [code_hash(roots(config)) for config in wanted]  # of the code that is loaded now
+    for number, (config, library) in enumerate(zip(wanted, hashes, strict=True), 1):
         if any(row["config"] == config for row in rows):
             continue
         start = time.perf_counter()
@@ -94,7 +80,8 @@ def run_missing(name: str, configs: Iterable[Mapping[str, Any]], run: Callable[[
                 "device": _device(),
                 "threads": torch.get_num_threads(),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "library": today,
+                "roots": roots(config),
+                "library": library,
             }
         )
         write(name, rows)

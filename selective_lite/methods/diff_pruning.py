@@ -20,6 +20,7 @@ from ..groups import GROUPINGS, Grouping
 from ..params import head_weights, resolve_budget, weights
 from ..select import Selection, select
 from ..train import Phase, constant, fixed_mask
+from .calibration import Calibration
 
 U_EPS = 1e-4  # the authors' code keeps u in [1e-4, 1 - 1e-4]
 
@@ -66,17 +67,20 @@ class Relaxed(nn.Module):
         theta = weights(model, head)
         grouping = GROUPINGS[groups] if isinstance(groups, str) else groups
         self.model, self.stretch, self.penalty = model, stretch, penalty
+        self.threshold = math.log(-stretch[0] / stretch[1])  # a deterministic gate is 0 at and below it
         self.names = list(theta)
         self.generator = torch.Generator().manual_seed(seed)
         self.w = nn.ParameterList([torch.zeros_like(p) for p in theta.values()])
         self.log_alpha = nn.ParameterList([torch.full_like(p, log_alpha) for p in theta.values()])
         self.log_alpha_group: nn.Parameter | None = None
+        self.group_ids: list[Tensor] = []
         if grouping is not None:
             ids = grouping(model, theta)
             device = self.w[0].device
             self.group_ids = [ids[name].to(device) for name in self.names]
             count = 1 + max(int(i.max()) for i in self.group_ids)
-            self.log_alpha_group = nn.Parameter(torch.full((count,), float(log_alpha), device=device))
+            full = torch.full((count,), float(log_alpha), dtype=self.w[0].dtype, device=device)
+            self.log_alpha_group = nn.Parameter(full)
 
     def _gate(self, log_alpha: Tensor) -> Tensor:
         if not self.training:
@@ -124,12 +128,10 @@ class Relaxed(nn.Module):
     @torch.no_grad()
     def count_open(self) -> int:
         """How many differences pass the deterministic gates: what a projection can choose from, where w is not 0."""
-        left, right = self.stretch
-        threshold = math.log(-left / right)  # (eq-deterministic) is 0 below it
-        group = None if self.log_alpha_group is None else self.log_alpha_group > threshold
+        group = None if self.log_alpha_group is None else self.log_alpha_group > self.threshold
         count = 0
         for i, alpha in enumerate(self.log_alpha):
-            passed = alpha > threshold
+            passed = alpha > self.threshold
             count += int((passed if group is None else passed & group[self.group_ids[i]]).sum())
         return count
 
@@ -140,79 +142,27 @@ class Relaxed(nn.Module):
         Raises
         ------
         ValueError
-            If fewer than k differences are non-zero: the penalty was too strong for this budget.
+            If fewer than k differences are non-zero.
         """
         mode, self.training = self.training, False  # of the gates alone: the model is not called
         try:
             delta = self.differences()
         finally:
             self.training = mode
-        return select({name: d.abs() for name, d in delta.items()}, budget), delta
+        k = resolve_budget(budget, sum(d.numel() for d in delta.values()))
+        found = sum(int(d.count_nonzero()) for d in delta.values())
+        if found < k:
+            raise ValueError(
+                f"budget={budget} asks for {k} weights, but only {found} differences passed their gates: the penalty "
+                "was too strong, or the relaxed phase too short; lower lam, add epochs, or lower the budget"
+            )
+        return select({name: d.abs() for name, d in delta.items()}, k), delta
 
 
 def weights_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """The named parameters of a model, in the order of `names`."""
     named = dict(model.named_parameters())
     return {name: named[name] for name in names}
-
-
-class Calibration:
-    """Find lambda while training: lead E[L0] from N to the budget along a path.
-
-    The path is the one of gates that all close at one speed: the logit of the share P(z != 0) falls linearly to
-    `closed` during the first `reach` of the phase, on top of the weights that are to stay. Half-open gates count in
-    E[L0] but not in the projection, which needs k gates that are open: E[L0] is led to where `slack` * k are.
-    log(lambda) is steered by the error in logits, in proportion (`gain`) and by its running sum (`memory`).
-    """
-
-    def __init__(
-        self,
-        relaxed: Relaxed,
-        k: int,
-        lam: float,
-        *,
-        slack: float = 1.2,
-        closed: float = -8.0,
-        reach: float = 0.9,
-        gain: float = 4.0,
-        memory: float = 0.05,
-    ) -> None:
-        self.relaxed, self.k, self.lam, self.start_lam = relaxed, k, lam, lam
-        self.slack, self.closed, self.reach, self.gain, self.memory = slack, closed, reach, gain, memory
-        self.total = sum(p.numel() for p in relaxed.w)
-        self.expected = self.start = float(relaxed.expected_l0().detach())
-        self.open = self.total
-        self.errors = 0.0
-        self.path: list[dict[str, float]] = []
-
-    def target(self, progress: float) -> float:
-        """Where E[L0] should be when the fraction `progress` of the phase is done."""
-        half_open = min(max(self.expected / max(self.open, 1), 1.0), 3.0)
-        keep = min(self.slack * self.k * half_open, 0.9 * self.start)
-        start = _logit((self.start - keep) / (self.total - keep))
-        logit = start + (self.closed - start) * min(progress / self.reach, 1.0)
-        return keep + (self.total - keep) / (1 + math.exp(-logit))
-
-    def penalty(self) -> Tensor:
-        """lambda * E[L0], a scalar with gradient."""
-        l0 = self.relaxed.expected_l0()
-        self.expected = float(l0.detach())
-        return self.lam * l0
-
-    def update(self, progress: float) -> None:
-        """One step of lambda; a step's error counts as two logits at most, and lambda never exceeds 1e-3."""
-        self.open = self.relaxed.count_open()
-        target = self.target(progress)
-        self.path.append({"lambda": self.lam, "expected_l0": self.expected, "target": target, "open": float(self.open)})
-        error = _logit(self.expected / self.total) - _logit(target / self.total)
-        error = max(-2.0, min(2.0, error))
-        self.errors += error
-        self.lam = min(1e-3, self.start_lam * math.exp(self.gain * error + self.memory * self.errors))
-
-
-def _logit(p: float) -> float:
-    p = min(max(p, 1e-9), 1 - 1e-9)  # "sum" counts the groups too, and a saturated gate is surely open
-    return math.log(p / (1 - p))
 
 
 def diff_pruning(
@@ -222,9 +172,9 @@ def diff_pruning(
     lr_w: float,
     lr: float,
     epochs: tuple[int, int],
-    lr_alpha: float = 0.2,
+    lr_alpha: float = 0.3,
     lr_head: float | None = None,
-    lam: float = 1e-6,
+    lam: float = 1e-7,
     groups: Literal["tensor", "head", "layer"] | Grouping | None = None,
     penalty: Literal["product", "sum"] = "product",
     seed: int = 0,
@@ -246,7 +196,7 @@ def diff_pruning(
     epochs
         Of the relaxed phase, and of the fixed-mask phase.
     lam
-        Where lambda starts; `Calibration` then steers it so that a little more than k gates stay open.
+        Where lambda starts; `Calibration` then steers it so that a little more than k gates end open.
     groups, penalty, seed, head
         As in `Relaxed`.
 

@@ -138,7 +138,7 @@ def test_the_gradients_and_the_step(golden, relaxed):
     head = list(sl.head_weights(model))
     steps = []
 
-    def before_step():
+    def before_step(progress, optimizer):
         for name, w, log_alpha in zip(relaxed.names, relaxed.w, relaxed.log_alpha, strict=True):
             torch.testing.assert_close(w.grad, golden[f"grad_w_preclip/{name}"], **TOLERANCE)
             torch.testing.assert_close(log_alpha.grad, golden[f"grad_alpha_preclip/{name}"], **TOLERANCE)

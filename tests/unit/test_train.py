@@ -68,7 +68,7 @@ def test_every_group_follows_its_own_schedule(build, batches):
         optimizers.append(torch.optim.SGD(groups))
         return optimizers[-1]
 
-    def before_step():
+    def before_step(progress, optimizer):
         for number, group in enumerate(optimizers[-1].param_groups):
             rates[number].append(group["lr"])
 
@@ -83,7 +83,7 @@ def test_every_group_is_clipped_by_itself(build, batches):
     groups = [{"params": list(module.parameters()), "lr": 1.0} for module in (model.first, model.second)]
     norms = []
 
-    def scale():
+    def scale(progress, optimizer):
         for p in model.parameters():
             if p.grad is not None:
                 p.grad *= 1000
@@ -119,11 +119,11 @@ def test_hooks_run_around_the_step_in_order(build, batches):
         calls.append("loss")
         return model(**batch).loss
 
-    def before_step():
+    def before_step(progress, optimizer):
         assert all(p.grad is not None for p in model.first.parameters())
         calls.append("before")
 
-    made = phase(model, before_step=before_step, after_step=lambda progress: calls.append(progress), epochs=2)
+    made = phase(model, before_step=before_step, after_step=lambda progress, _: calls.append(progress), epochs=2)
     run(model, [made], data, loss=loss, optimizer=optimizer, on_step=lambda record: calls.append("record"))
     assert calls == [
         entry for progress in (0.25, 0.5, 0.75, 1.0) for entry in ("loss", "before", "step", progress, "record")
@@ -134,7 +134,7 @@ def test_a_gradient_changed_before_the_step_is_the_one_applied(build, batches):
     model = build("toy")
     before = sl.snapshot(model)
 
-    def zero():
+    def zero(progress, optimizer):
         for p in model.first.parameters():
             p.grad.zero_()
 
