@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Not followed: a recipe is a root of its own rows alone, what keeps rows makes no numbers, and assets are pinned.
+# Not followed into: a recipe is a root of its own rows alone, what keeps rows makes no numbers, assets are pinned.
 APART = ("lab/recipes.py", "lab/results.py", "lab/provenance.py", "lab/assets.py")
 
 
@@ -36,7 +36,10 @@ def code_hash(roots: Iterable[str]) -> str:
         if statement is None:
             raise ValueError(f"roots names {place!r}, which is no top-level definition of the package")
         seen[place] = ast.dump(statement)
-        waiting += (used for used in _used(file, statement) if used.partition(":")[0] not in APART)
+        for used in _used(file, statement):
+            target = used.partition(":")[0]
+            if target == file or target not in APART:
+                waiting.append(used)
     return hashlib.sha256("\n".join(f"{place} {seen[place]}" for place in sorted(seen)).encode()).hexdigest()
 
 

@@ -9,69 +9,23 @@ import torch
 from selective_lite.lab import results
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A small package in place of the library, and an empty results folder."""
-    folder = tmp_path / "package"
-    (folder / "methods").mkdir(parents=True)
-    (folder / "lab").mkdir()
-    (folder / "train.py").write_text('"""Train."""\n\n\ndef step(x):\n    """One."""\n    return x + 1  # one\n')
-    (folder / "methods" / "one.py").write_text("RATE = 0.1\n")
-    (folder / "delta.py").write_text("VERSION = 1\n")
-    (folder / "lab" / "plots.py").write_text("COLOUR = 'red'\n")
-    monkeypatch.setattr(results, "PACKAGE", folder)
+@pytest.fixture(autouse=True)
+def checkout(tmp_path, monkeypatch):
+    """An empty results folder, and code whose hash the test sets."""
     monkeypatch.setattr(results, "CHECKOUT", tmp_path / "results")
-    return folder
+    code = {"hash": "today"}
+    monkeypatch.setattr(results, "code_hash", lambda roots: f"{code['hash']} {'+'.join(roots)}")
+    return code
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        (
-            "train.py",
-            "# A comment.\n\n\ndef step(x):\n    '''Another docstring,\n    longer.'''\n\n    return (x +\n  1)\n",
-        ),
-        ("delta.py", "VERSION = 2\n"),
-        ("lab/plots.py", "COLOUR = 'blue'\n"),
-    ],
-    ids=["docstrings, comments and layout", "no run's code", "no run's code in the lab"],
-)
-def test_what_no_number_follows_from_leaves_the_hash(package, file, text):
-    before = results.library_hash()
-    (package / file).write_text(text)
-    assert results.library_hash() == before
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("train.py", '"""Train."""\n\n\ndef step(x):\n    """One."""\n    return x + 2  # one\n'),
-        ("train.py", 'def step(x):\n    label = """One."""\n    return x + 1\n'),
-        ("methods/one.py", "RATE = 0.2\n"),
-        ("methods/two.py", ""),
-        ("lab/tasks.py", ""),
-    ],
-)
-def test_what_numbers_follow_from_changes_the_hash(package, file, text):
-    before = results.library_hash()
-    (package / file).write_text(text)
-    assert results.library_hash() != before
-
-
-def test_the_library_s_own_files_are_hashed():
-    names = {
-        path.relative_to(results.PACKAGE).as_posix()
-        for pattern in results.SOURCES
-        for path in results.PACKAGE.glob(pattern)
-    }
-    assert {"select.py", "masked.py", "train.py", "gates.py", "methods/diff_pruning.py", "lab/tasks.py"} <= names
-    assert not names & {"lab/plots.py", "lab/explorers.py"}
+def roots(config):
+    return ["run.py:run", f"recipes.py:{config['method']}"]
 
 
 CONFIGS = [{"method": "ours", "seed": seed, "lr": 1e-3} for seed in range(4)]
 
 
-def test_a_killed_run_goes_on_where_it_stopped(package, capsys):
+def test_a_killed_run_goes_on_where_it_stopped(capsys):
     started = []
 
     def run(config):
@@ -81,29 +35,40 @@ def test_a_killed_run_goes_on_where_it_stopped(package, capsys):
         return {"accuracy": config["seed"] / 10}
 
     with pytest.raises(KeyboardInterrupt):
-        results.run_missing("toy", CONFIGS, run)
+        results.run_missing("toy", CONFIGS, run, roots)
     assert [row["config"]["seed"] for row in results.read("toy")] == [0, 1]
-    rows = results.run_missing("toy", CONFIGS, run)
+    rows = results.run_missing("toy", CONFIGS, run, roots)
     assert started == [0, 1, 2, 2, 3]
     assert rows == results.read("toy")
     assert [row["accuracy"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
-    assert {row["library"] for row in rows} == {results.library_hash()}
-    assert results.run_missing("toy", reversed(CONFIGS), run) == rows[::-1]
+    assert {row["library"] for row in rows} == {"today run.py:run+recipes.py:ours"}
+    assert {tuple(row["roots"]) for row in rows} == {("run.py:run", "recipes.py:ours")}
+    assert results.run_missing("toy", reversed(CONFIGS), run, roots) == rows[::-1]
     assert len(started) == 5
     assert "seed=3 lr=0.001 accuracy=0.3" in capsys.readouterr().err
 
 
-def test_rows_of_other_code_are_stale_and_run_again(package):
-    rows = results.run_missing("toy", CONFIGS[:2], lambda config: {"accuracy": 0.5})
+def test_rows_of_other_code_are_stale_and_run_again(checkout):
+    rows = results.run_missing("toy", CONFIGS[:2], lambda config: {"accuracy": 0.5}, roots)
     assert results.stale(rows) == []
-    (package / "methods" / "one.py").write_text("RATE = 0.3\n")
+    checkout["hash"] = "tomorrow"
     assert results.stale(rows) == rows
-    fresh = results.run_missing("toy", CONFIGS[:1], lambda config: {"accuracy": 0.7})
+    fresh = results.run_missing("toy", CONFIGS[:1], lambda config: {"accuracy": 0.7}, roots)
     assert [row["accuracy"] for row in fresh] == [0.7]
     assert results.read("toy") == fresh
 
 
-def test_a_write_that_fails_leaves_the_old_rows(package):
+def test_a_row_carries_the_code_that_it_started_with(checkout):
+    def run(config):
+        checkout["hash"] = "edited meanwhile"
+        return {}
+
+    rows = results.run_missing("toy", CONFIGS[:2], run, roots)
+    assert {row["library"].split()[0] for row in rows} == {"today"}
+    assert results.stale(rows) == rows
+
+
+def test_a_write_that_fails_leaves_the_old_rows():
     results.write("toy", [{"config": 1}])
     with pytest.raises(TypeError):
         results.write("toy", [{"config": object()}])
@@ -111,7 +76,7 @@ def test_a_write_that_fails_leaves_the_old_rows(package):
     assert results.read("absent") == []
 
 
-def test_a_file_of_rows_has_one_line_a_row(package):
+def test_a_file_of_rows_has_one_line_a_row():
     results.write("toy", [{"a": 1}, {"a": 2}])
     lines = (results.CHECKOUT / "toy.json").read_text().splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == [{"a": 1}, {"a": 2}]

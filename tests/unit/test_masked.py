@@ -558,3 +558,86 @@ def test_masked_training_makes_its_tensors_beside_the_weights():
         model(ids).square().sum().backward()
         assert {p.grad.device.type for p in training.parameters()} == {"cpu"}
         assert math.isfinite(sum(float(p.grad.sum()) for p in training.parameters()))
+
+
+def half(count):
+    return torch.arange(count) % 2 == 0
+
+
+@pytest.mark.parametrize("kind", ["toy", "bert", "llama", "gpt2"])
+def test_shrinking_leaves_dropped_weights_where_they_are_and_survivors_their_moments(build, batches, pick, kind):
+    model, data = build(kind), batches(kind, 4)
+    selection = pick(model, per_tensor=6)
+    training = sl.masked(model, selection, shrinks=True)
+    optimizer = torch.optim.AdamW(training.parameters(), lr=0.01, weight_decay=0.1)
+
+    def step(batch):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    step(data[0])
+    step(data[1])
+    keep = {name: half(len(index)) for name, index in selection.indices.items()}
+    vectors = dict(zip(selection.indices, training.parameters(), strict=True))
+    at_drop = {name: p.detach().clone() for name, p in vectors.items()}
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in vectors.items() if p in optimizer.state}
+    training.shrink(keep, optimizer)
+    assert all(torch.equal(optimizer.state[vectors[name]]["exp_avg"], m[keep[name]]) for name, m in moments.items())
+    assert all(torch.equal(vectors[name], at_drop[name][kept]) for name, kept in keep.items())
+    step(data[2])
+    step(data[3])
+    training.close()
+    moved = 0
+    for name, index in selection.indices.items():
+        values = model.get_parameter(name).detach().view(-1)[index]
+        assert torch.equal(values[~keep[name]], at_drop[name][~keep[name]]), name
+        moved += int((values[keep[name]] != at_drop[name][keep[name]]).sum())
+    assert moved > 0
+
+
+def test_shrinking_equals_a_dense_loop_whose_mask_shrinks(build, batches, pick):
+    model, reference, data = build("toy").double(), build("toy").double(), batches("toy", 4)
+    selection = pick(model, per_tensor=6)
+    masks = selection.masks()
+    training = sl.masked(model, selection, shrinks=True)
+    optimizer = torch.optim.Adam(training.parameters(), lr=0.01)
+    dense = torch.optim.Adam([p for name, p in reference.named_parameters() if name in masks], lr=0.01)
+    for number, batch in enumerate(data):
+        if number == 2:
+            training.shrink({name: half(len(index)) for name, index in selection.indices.items()}, optimizer)
+            for name, index in selection.indices.items():
+                masks[name].view(-1)[index[~half(len(index))]] = False
+                state = dense.state[reference.get_parameter(name)]
+                state["exp_avg"] *= masks[name]  # or the momentum of dropped weights would move them on
+        for net, opt in ((model, optimizer), (reference, dense)):
+            opt.zero_grad()
+            net(**batch).loss.backward()
+            if net is reference:
+                for name, p in reference.named_parameters():
+                    if name in masks:
+                        p.grad *= masks[name]
+            opt.step()
+    training.close()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, reference.get_parameter(name), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keep", "shrinks", "message"),
+    [
+        ({"norm.bias": torch.ones(7, dtype=torch.bool)}, False, "no compact vector; give masked"),
+        ({"nothing": torch.ones(7, dtype=torch.bool)}, True, "keep names 'nothing'"),
+        ({"norm.bias": torch.ones(6, dtype=torch.bool)}, True, r"of shape \(6,\), not bool of \(7,\)"),
+        ({"norm.bias": torch.ones(7)}, True, "is torch.float32"),
+    ],
+)
+def test_a_bad_shrink_raises_and_changes_nothing(build, keep, shrinks, message):
+    model = build("toy")
+    whole = sl.rule(model, lambda name, p: name.startswith("norm"))
+    training = sl.masked(model, whole, shrinks=shrinks)
+    optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        training.shrink({"norm.weight": half(7), **keep}, optimizer)
+    assert [len(p) for p in training.parameters()] == [7, 7]
+    training.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_lite.lab import plan, results
+from selective_lite.lab import experiments, plan, results
 
 FILES = sorted(path.stem for path in results.CHECKOUT.glob("*.json"))
 
@@ -23,7 +23,7 @@ def test_no_row_is_stale(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_row_says_where_it_comes_from(name):
     for row in results.read(name):
-        assert {"config", "seconds", "device", "threads", "versions", "library"} <= set(row)
+        assert {"config", "seconds", "device", "threads", "versions", "roots", "library"} <= set(row)
 
 
 def _as_read(configs):
@@ -35,6 +35,11 @@ def test_every_config_has_its_row():
     assert [row["config"] for row in results.read(plan.NAME + "_rates")] == _as_read(plan.rate_configs())
 
 
+def test_every_row_s_code_is_the_one_that_the_plan_would_run():
+    for name in (plan.NAME, plan.NAME + "_rates"):
+        assert all(row["roots"] == experiments.roots(row["config"]) for row in results.read(name))
+
+
 def test_no_learning_rate_lies_on_the_edge_of_its_grid():
     for row in results.read(plan.NAME + "_rates"):
         grid = row["config"]["grid"]
@@ -43,7 +48,7 @@ def test_no_learning_rate_lies_on_the_edge_of_its_grid():
 
 def test_diff_pruning_rows_changed_exactly_k_weights():
     for row in results.read(plan.NAME):
-        if row["config"]["method"] in ("unstructured", "structured", "random", "shuffled"):
+        if row["config"]["method"] in plan.METHODS:
             assert row["selected"] == round(row["config"]["budget"] * row["total"]) == sum(row["per_tensor"].values())
 
 
