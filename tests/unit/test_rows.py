@@ -40,10 +40,18 @@ def test_every_row_s_code_is_the_one_that_the_plan_would_run():
         assert all(row["roots"] == experiments.roots(row["config"]) for row in results.read(name))
 
 
-def test_no_learning_rate_lies_on_the_edge_of_its_grid():
+def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
     for row in results.read(plan.NAME + "_rates"):
-        grid = row["config"]["grid"]
-        assert grid[0] < row["lr"] < grid[-1], f"widen this grid: {row['config']}"
+        inside, edges = row["validation"][1:-1], (row["validation"][0], row["validation"][-1])
+        assert max(inside) >= max(edges), f"widen this grid: {row['config']}"
+
+
+def test_the_rate_taken_is_the_best_with_its_neighbours_and_not_the_one_beside_the_cliff():
+    def sweep(*validation):
+        return {"config": {"grid": [10.0**-i for i in range(len(validation), 0, -1)]}, "validation": validation}
+
+    assert plan.rate(sweep(0.7, 0.78, 0.77, 0.79, 0.5)) == pytest.approx(1e-4)
+    assert plan.rate(sweep(0.9, 0.5, 0.6, 0.7)) == pytest.approx(1e-3)
 
 
 def test_diff_pruning_rows_changed_exactly_k_weights():
