@@ -75,17 +75,19 @@ def test_a_threshold_that_selects_nothing_or_everything_raises_and_changes_nothi
 def test_a_budget_trains_exactly_the_k_smallest_and_nothing_else_under_decay(build, batches, kind):
     model, data = build(kind), batches(kind, 4)
     before, head = sl.snapshot(model), list(sl.head_weights(model))
-    selection = sl.select(sl.magnitude(model), 150, largest=False)
-    phases, (state,) = caught(sara(model, budget=150, epochs=3, lr=1e-3, lam=0.0, weight_decay=0.5, reselect=0.5)), [0]
-    sl.fit(model, phases[0], data)
-    (state,) = phases[1]
-    assert selection.count == 150 == state.counts[0]
-    assert state.counts[1] < 150
+    selection = sl.select(sl.magnitude(model), 60, largest=False)
+    rate = 1e-4 if kind == "llama" else 1e-2  # its threshold is 3e-4
+    method = sara(model, budget=60, epochs=3, lr=rate, lr_head=1e-2, lam=0.0, weight_decay=0.5, reselect=0.5)
+    phases, states = caught(method)
+    sl.fit(model, phases, data)
+    assert selection.count == 60 == states[0].counts[0]
+    assert states[0].counts[1] < 60
     masks = selection.masks()
     for name, p in model.named_parameters():
         if name not in head:
             assert torch.equal(p[~masks[name]], before[name][~masks[name]]), name
-    assert sum(int((p != before[name])[masks[name]].sum()) for name, p in sl.weights(model).items()) > 100
+    # The padding row of an embedding is zero, selected, and never moves.
+    assert sum(int((p != before[name])[masks[name]].sum()) for name, p in sl.weights(model).items()) > 30
     assert all((model.get_parameter(name) != before[name]).any() for name in head)
     ordinary(model, before)
 
@@ -223,9 +225,12 @@ def test_a_tensor_may_lose_all_its_weights_and_training_goes_on(build, batches):
 
 def test_no_small_weight_left_raises_and_gives_the_model_back(build, batches):
     model = build("toy")
+    with torch.no_grad():
+        model.embedding.weight.add_(1.0)
+        model.norm.bias.add_(1.0)
     before = sl.snapshot(model)
     model.first.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"no selected weight is below 0.00\d+ after step 2; lower lr"):
+    with pytest.raises(ValueError, match=r"no selected weight is below 0.0\d+ after step 2; lower lr"):
         sl.fit(model, sara(model, budget=3, epochs=1, lr=1.0, lam=0.0, reselect=2), batches("toy", 4))
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
     model.first.weight.requires_grad_(True)
@@ -289,19 +294,18 @@ def test_a_matrix_of_zeros_gets_no_gradient():
 def test_the_penalty_is_lambda_times_the_norm_of_each_large_matrix_in_turn(build):
     model = build("bert")
     selection = below(model, 0.02)
+    expected, masks = {}, selection.masks()
+    for name in selection.indices:
+        matrix = model.get_parameter(name).detach() * masks[name]
+        if matrix.dim() == 2 and min(matrix.shape) > 11:
+            expected[name] = 0.5 * float(torch.linalg.svdvals(matrix).sum()) * (int(masks[name].sum()) > module.FEWEST)
     with sl.masked(model, selection, shrinks=True) as training:
         state = Progressive(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
-        expected = {}
-        for name in selection.indices:
-            if min(model.get_parameter(name).shape) > 11 and model.get_parameter(name).dim() == 2:
-                matrix = model.get_parameter(name).detach() * selection.masks()[name]
-                many = int(selection.masks()[name].sum()) > module.FEWEST
-                expected[name] = 0.5 * float(torch.linalg.svdvals(matrix).sum()) * many
         assert "bert.embeddings.word_embeddings.weight" in expected
         assert "bert.embeddings.token_type_embeddings.weight" not in expected
-        drawn = [float(state.penalty()) for _ in range(200)]
+        drawn = [state.penalty().item() for _ in range(200)]
         again = Progressive(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
-        assert [float(again.penalty()) for _ in range(20)] == drawn[:20]
+        assert [again.penalty().item() for _ in range(20)] == drawn[:20]
         for value in expected.values():
             assert any(found == pytest.approx(value, rel=1e-4) for found in drawn)
         for found in drawn:
@@ -326,9 +330,11 @@ def test_the_norm_of_a_matrix_below_the_threshold_as_a_whole(build, batches):
     model = build("bert")
     with torch.no_grad():
         model.bert.encoder.layer[0].intermediate.dense.weight.mul_(1e-3)
-    method = sara(model, threshold=1e-3, epochs=1, lam=0.5, min_side=11, reselect=None)
-    records = sl.fit(model, method, batches("bert", 3))
-    assert all(r["penalty"] > 0 for r in records)
+        expected = 0.5 * float(torch.linalg.svdvals(model.bert.encoder.layer[0].intermediate.dense.weight).sum())
+    method = sara(model, threshold=1e-3, epochs=1, lr=1e-9, lam=0.5, min_side=11, reselect=None)
+    records = sl.fit(model, method, batches("bert", 30))
+    # The other matrices have few weights below it.
+    assert {round(r["penalty"] / expected, 1) for r in records} == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
