@@ -114,7 +114,7 @@ def weights_inside(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if n in NAMES}
 
 
-def test_the_nuclear_norm_changes_the_authors_dense_run_and_ours_but_not_their_default_one(golden, facts):
+def test_the_nuclear_norm_moves_the_authors_dense_run_and_not_their_default_one(golden, facts):
     moved = max(
         float((golden[f"dense_lowrank/theta5/{n}"] - golden[f"dense_nolowrank/theta5/{n}"]).abs().max()) for n in NAMES
     )
