@@ -192,7 +192,7 @@ def staircase(start: float, stages: int) -> Schedule:
     """A schedule for lambda: from `start` (a fraction, 0 in the authors' code) to 1 in equal stages (theirs: 7)."""
     if not 0 <= start <= 1 or stages < 2:
         raise ValueError(f"start={start} must be in [0, 1] and stages={stages} at least 2")
-    return lambda progress: start + (1 - start) * max(0, math.ceil(round(progress * stages, 9)) - 1) / (stages - 1)
+    return lambda progress: start + (1 - start) * max(0, math.ceil(progress * stages) - 1) / (stages - 1)
 
 
 class Proximal:

@@ -36,7 +36,10 @@ def test_it_starts_as_the_base_and_trains_factors_gates_and_head(build, batches,
     model, (batch,) = build(kind), batches(kind, 1)
     before, logits, keys = sl.snapshot(model), model(**batch).logits, list(model.state_dict())
     model.get_parameter(next(iter(before))).requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)  # would count in a clipped norm
     with SoRA(model, rank=2) as update:
+        assert all(p.grad is None for p in model.parameters())
         assert torch.equal(model(**batch).logits, logits)
         inside = {id(p) for p in model.parameters() if p.requires_grad}
         heads = sl.head_weights(model).values()
