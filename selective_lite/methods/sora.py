@@ -1,0 +1,278 @@
+"""SoRA (Ding et al. 2023, arXiv 2311.11696, EMNLP): LoRA with a gate on every rank, driven to zero by a proximal step.
+
+y = W0 x + (alpha/r) B (g * A x). It adds a low-rank update and selects among *its* ranks, none of the model's own
+weights: the book has it as a contrast, and because tutorials cite its number for SaRA.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..lowrank import attach, detach, sides, update_sites
+from ..masked import compact_parameters
+from ..params import head_weights
+from ..train import Phase, Schedule, constant
+
+
+class GatedLowRank(nn.Module):
+    """(alpha/r) B (g * A x), with A (r, inputs) drawn as in LoRA, B (outputs, r) zero and g (r,) drawn from N(0, 1)."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int, scaling: float, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = inputs**-0.5  # what kaiming_uniform_(a=sqrt(5)) gives
+        a = torch.rand(rank, inputs, generator=generator, device="cpu")
+        self.A = nn.Parameter((2 * a - 1) * bound)
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device="cpu"))
+        self.gate = nn.Parameter(torch.randn(rank, generator=generator, device="cpu"))
+        self.scaling = scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The update of a layer's output, (..., inputs) -> (..., outputs)."""
+        # (eq-sora)  y = W0 x + (alpha/r) B (g * A x)
+        return self.scaling * functional.linear(self.gate * functional.linear(x.to(self.A.dtype), self.A), self.B)
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """A plain LoRA of scaling 1 without the closed ranks: A' = (alpha/r) g A and B, detached."""
+        opened = self.gate.detach() != 0
+        return self.scaling * self.gate.detach()[opened, None] * self.A.detach()[opened], self.B.detach()[:, opened]
+
+
+class SoRA:
+    """Gated low-rank updates beside a model's matrices; leaving merges them, and the model is an ordinary one again.
+
+    Inside, ``model.parameters()`` that require gradients are the factors, the gates and the task head.
+
+    Parameters
+    ----------
+    model
+        The model, changed in place until the context is left (or `close` is called). Its own weights are frozen.
+    rank
+        r of every update.
+    alpha
+        The updates are scaled by alpha / r.
+    targets
+        As in `update_sites`: ends of module names, or None for all.
+    head
+        As in `weights`; trained beside the updates.
+    seed
+        Of the CPU generator that draws A and the gates.
+
+    Attributes
+    ----------
+    updates
+        ``{name of the weight: GatedLowRank}``, in float32 (float64 beside float64 weights), on the weight's device.
+    closed
+        Whether the updates were merged.
+
+    Raises
+    ------
+    ValueError
+        If a target names nothing or what has no low-rank update, the rank is not between 1 and a matrix's smaller
+        side, or the model is already in masked or SoRA training. The model is unchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int = 8,
+        *,
+        alpha: float = 16.0,
+        targets: Sequence[str] | None = None,
+        head: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if any(compact_parameters(model)) or any(isinstance(module, GatedLowRank) for module in model.modules()):
+            raise ValueError("model is already in masked or SoRA training; leave that first")
+        self.sites, heads = update_sites(model, targets, head), head_weights(model, head)
+        for name, layers in self.sites.items():
+            if not 1 <= rank <= min(sides(layers[0])):
+                raise ValueError(f"rank={rank} is outside [1, {min(sides(layers[0]))}], the smaller side of {name!r}")
+        self.model, self.closed = model, False
+        self.updates: dict[str, GatedLowRank] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._dense = list(heads.values())
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in heads)
+            p.grad = None
+        generator = torch.Generator().manual_seed(seed)
+        for name, layers in self.sites.items():
+            weight = model.get_parameter(name)
+            update = GatedLowRank(*sides(layers[0]), rank, alpha / rank, generator)
+            self.updates[name] = update.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            attach(layers, update)
+
+    def gates(self) -> list[nn.Parameter]:
+        """The gates, one vector an update."""
+        return [update.gate for update in self.updates.values()]
+
+    def factors(self) -> list[nn.Parameter]:
+        """A and B of every update."""
+        return [p for update in self.updates.values() for p in (update.A, update.B)]
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """The task head."""
+        return list(self._dense)
+
+    def ranks(self) -> dict[str, int]:
+        """How many ranks are open, by the name of the weight."""
+        return {name: int(update.gate.count_nonzero()) for name, update in self.updates.items()}
+
+    def prune(self) -> None:
+        """Remove closed ranks; outputs stay the same. A gate may open again, so prune when training is over."""
+        for update in self.updates.values():
+            opened = update.gate.detach() != 0
+            update.A = nn.Parameter(update.A.detach()[opened])
+            update.B = nn.Parameter(update.B.detach()[:, opened])
+            update.gate = nn.Parameter(update.gate.detach()[opened])
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The update as a plain LoRA without closed ranks, in peft's names; also after closing. The head is not in it.
+
+        Returns
+        -------
+        tensors
+            ``base_model.model.<module>.lora_A.weight`` (r', inputs) and ``lora_B`` (outputs, r'), on CPU; gate and
+            scaling are inside A.
+        config
+            For ``peft.LoraConfig(**config)``: every module's own rank, and scaling 1.
+
+        Raises
+        ------
+        ValueError
+            If every rank is closed.
+        """
+        tensors, ranks = {}, {}
+        for weight, update in self.updates.items():
+            a, b = update.plain()
+            for name in (self._names[layer] for layer in self.sites[weight] if len(a)):
+                tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().clone()
+                tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().clone()
+                ranks["^" + re.escape(name)] = len(a)
+        if not ranks:
+            raise ValueError("every rank is closed, nothing is left to export; lower lam")
+        config: dict[str, Any] = {"r": max(ranks.values()), "lora_alpha": max(ranks.values())}
+        pattern = "|".join(key.removeprefix("^") for key in ranks)
+        return tensors, {**config, "rank_pattern": ranks, "alpha_pattern": dict(ranks), "target_modules": pattern}
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Merge the updates into the weights and make the model an ordinary one again; twice does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        for name, update in self.updates.items():
+            a, b = update.plain()
+            # (eq-sora-merge)  W = W0 + (alpha/r) B diag(g) A
+            detach(self.sites[name], b @ a)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self._flags[name])
+
+    def __enter__(self) -> SoRA:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def soft_threshold(x: Tensor, xi: float) -> Tensor:
+    """The proximal operator of xi |x|_1 (SoRA, eq. of the update; the authors' code zeroes all |x| < 2 xi)."""
+    # (eq-prox)  prox(x) = sign(x) max(|x| - xi, 0)
+    return x.sign() * (x.abs() - xi).clamp(min=0)
+
+
+def staircase(start: float, stages: int) -> Schedule:
+    """A schedule for lambda: from `start` (a fraction, 0 in the authors' code) to 1 in equal stages (theirs: 7)."""
+    if not 0 <= start <= 1 or stages < 2:
+        raise ValueError(f"start={start} must be in [0, 1] and stages={stages} at least 2")
+    return lambda progress: start + (1 - start) * max(0, math.ceil(progress * stages) - 1) / (stages - 1)
+
+
+class Proximal:
+    """The proximal step on the gates, after the optimizer's; `path` keeps ``xi`` and the number of open ranks."""
+
+    def __init__(self, gates: Sequence[nn.Parameter], lam: float, schedule: Schedule, xi: float | None) -> None:
+        self.gates, self.lam, self.schedule, self.xi = gates, lam, schedule, xi
+        self.path: list[dict[str, float]] = []
+
+    def before_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
+        """Note the rate of this step: after it, the scheduler has already set the next one."""
+        groups = [g for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"])]
+        self.lr = float(groups[0]["lr"])
+
+    @torch.no_grad()
+    def after_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
+        """Shrink every gate, by lr * lambda, or by the fixed xi."""
+        # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
+        xi = (self.lr * self.lam if self.xi is None else self.xi) * self.schedule(progress)
+        for gate in self.gates:
+            gate.copy_(soft_threshold(gate, xi))
+        self.path.append({"xi": xi, "open": float(sum(int(gate.count_nonzero()) for gate in self.gates))})
+
+
+def sora(
+    update: SoRA,
+    *,
+    lr: float = 8e-4,
+    epochs: int,
+    lr_head: float | None = None,
+    lam: float = 0.375,
+    lam_schedule: Schedule = constant,
+    xi: float | None = None,
+    weight_decay: float = 0.1,
+    clip: float | None = 0.1,
+) -> Generator[Phase, None, None]:
+    """A method: train factors and gates with a proximal step on the gates, prune closed ranks, merge.
+
+    Parameters
+    ----------
+    update
+        The updates of a model, ``SoRA(model, ...)``; closed when the iteration ends. Its `export` works after that.
+    lr, lr_head
+        Of factors and gates, and of the head (default: the same).
+    epochs
+        Passes over the batches.
+    lam
+        lambda of the penalty lambda |g|_1. The default gives the authors' xi = 3e-4 at their rate of 8e-4.
+    lam_schedule
+        Progress in (0, 1] -> multiplier of lambda (or of xi), such as ``staircase(0.0, 7)``.
+    xi
+        A fixed threshold in place of lr * lambda, whatever the rate, as in the authors' code.
+    weight_decay
+        Of factors and head, not of gates.
+    clip
+        As in `Phase`.
+
+    Yields
+    ------
+    Phase
+        One, whose ``after_step`` is `Proximal.after_step`.
+
+    Raises
+    ------
+    ValueError
+        If `update` was closed before, or lam or xi is negative.
+    """
+    if update.closed:
+        raise ValueError("update is closed: its model is an ordinary one again; make a new SoRA(model, ...)")
+    with update:
+        if not lam >= 0 or (xi is not None and not xi >= 0):
+            raise ValueError(f"lam={lam} and xi={xi} must not be negative")
+        proximal = Proximal(update.gates(), lam, lam_schedule, xi)
+        groups = [
+            {"params": update.factors(), "lr": lr, "weight_decay": weight_decay},
+            {"params": update.gates(), "lr": lr, "weight_decay": 0.0},
+        ]
+        if update.dense_parameters():
+            rate = lr if lr_head is None else lr_head
+            groups.append({"params": update.dense_parameters(), "lr": rate, "weight_decay": weight_decay})
+        before, after = proximal.before_step, proximal.after_step
+        yield Phase("SoRA", groups, epochs, before_step=before, after_step=after, clip=clip)
+        update.prune()
