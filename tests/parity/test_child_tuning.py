@@ -1,4 +1,4 @@
-"""Child-Tuning against the numbers of the authors' code (Xu et al. 2021): three steps of F, D and none, and its mask."""
+"""Child-Tuning against the numbers of the authors' code (Xu et al. 2021): three steps of F, D, none; D's mask."""
 
 import json
 import math
@@ -19,7 +19,7 @@ FACTS = json.loads((DATA / "childtuning_facts.json").read_text())
 
 
 class AuthorsAdamW(torch.optim.Optimizer):
-    """The AdamW of the authors' transformers: eps 1e-6 outside the bias correction, decay of every weight at the end."""
+    """The AdamW of the authors' transformers: eps 1e-6 outside the bias correction, decay of every weight last."""
 
     def __init__(self, groups):
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})

@@ -1,4 +1,4 @@
-"""LT-SFT (Ansell et al. 2022) against a case worked out by hand, and against the threshold rule of the authors' code."""
+"""LT-SFT (Ansell et al. 2022) against a case worked out by hand, and against the threshold of the authors' code."""
 
 import numpy as np
 import pytest
