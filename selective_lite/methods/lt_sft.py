@@ -133,7 +133,7 @@ def lt_sft(
                         phase.penalty = partial(l1_penalty, l1 / total, [(theta[name], theta0[name]) for name in free])
                     yield phase
             # (eq-lt-sft)  M_w = 1 if |theta_w - theta0_w| is among the k largest, else 0
-            moved = exclude(movement(model, start, head), frozen)
+            moved = movement(model, start, head)  # 0 for what is frozen, and `select` never takes a 0
         finally:
             rewind(model, start)
         chosen = most_moved(moved, k * (i + 1) // iterations - k * i // iterations, chosen)

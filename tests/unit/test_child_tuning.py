@@ -88,6 +88,7 @@ def test_f_with_p_1_is_full_fine_tuning(build, batches):
 
 def test_f_trains_what_has_a_gradient_and_puts_the_flags_back_after_an_error_too(build, batches):
     model, data = build("toy"), batches("toy", 2)
+    model.spare = torch.nn.Linear(2, 2)  # no forward uses it
     model.first.weight.requires_grad_(False)
     before = sl.snapshot(model)
 
@@ -136,6 +137,15 @@ def test_options_reach_d_s_scores_and_phase(build, batches):
 
     assert set(child_network(model, data, p=0.1, loss=on_one_weight).indices) == {"second.weight"}
     assert "second.weight" not in child_network(model, data, p=0.1, head=("second", "classifier")).shapes
+
+
+def test_the_head_may_be_named_in_both(build, batches):
+    model, data, head = build("toy"), batches("toy", 2), ("second", "classifier")
+    named = {id(p) for p in (*model.second.parameters(), *model.classifier.parameters())}
+    for method in (child_tuning_f(model, head=head, **RATES), child_tuning_d(model, data, p=0.1, head=head, **RATES)):
+        (phase,) = method
+        assert {id(p) for p in phase.groups[1]["params"]} == named
+    assert phase.selection.count == round(0.1 * 129)  # of the toy's 164 candidates, 35 are in the head now
 
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.5, float("nan")])

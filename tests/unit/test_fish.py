@@ -12,8 +12,9 @@ RATES = {"lr": 0.02, "epochs": 2}
 def test_the_score_uses_the_first_samples_and_no_others(build, batches):
     model, data = build("toy"), batches("toy", 4)  # of 3 samples each
     four = [data[0], {key: value[:1] for key, value in data[1].items()}]
-    found, expected = fisher_information(model, data, samples=4), sl.squared_gradient(model, four)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for fisher, score in (("empirical", sl.squared_gradient), ("expected", sl.expected_squared_gradient)):
+        found, expected = fisher_information(model, data, samples=4, fisher=fisher), score(model, four)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
     every, all_of_them = fisher_information(model, data), sl.squared_gradient(model, data)  # 12 are fewer than 1,024
     assert all(torch.equal(every[name], all_of_them[name]) for name in every)
 
@@ -107,11 +108,12 @@ def test_what_is_frozen_is_never_selected_and_still_counts_in_the_total(build, b
 
 def test_the_head_may_be_named(build, batches):
     model, data = build("toy"), batches("toy", 2)
-    (phase,) = fish(model, 9, data, head=("second", "classifier"), **RATES)
-    assert "second.weight" not in phase.selection.shapes
-    assert {id(p) for p in phase.groups[1]["params"]} == {
-        id(p) for p in (*model.second.parameters(), *model.classifier.parameters())
-    }
+    for fisher in ("empirical", "sampled", "expected"):
+        (phase,) = fish(model, 9, data, fisher=fisher, head=("second", "classifier"), **RATES)
+        assert "second.weight" not in phase.selection.shapes
+        assert {id(p) for p in phase.groups[1]["params"]} == {
+            id(p) for p in (*model.second.parameters(), *model.classifier.parameters())
+        }
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,17 @@ def test_each_phase_has_a_new_optimizer_its_epochs_and_rates(build, batches):
         assert one["phase"].penalty is None
 
 
+def test_the_head_may_be_named(build, batches):
+    model, data = build("toy"), batches("toy", 2)
+    start, head = sl.snapshot(model), ("second", "classifier")
+    _, (dense, masked) = phase_by_phase(model, lt_sft(model, 25, head=head, **RATES), data)
+    for one in (dense, masked):
+        named = {id(p) for p in (*model.second.parameters(), *model.classifier.parameters())}
+        assert {id(p) for p in one["phase"].groups[1]["params"]} == named
+    assert "second.weight" not in masked["phase"].selection.shapes
+    assert not (model.second.weight == start["second.weight"]).any()
+
+
 def test_what_is_frozen_moves_in_neither_phase(build, batches):
     model, data = build("bert"), batches("bert", 2)
     start = sl.snapshot(model)
