@@ -88,7 +88,7 @@ def test_f_with_p_1_is_full_fine_tuning(build, batches):
 
 def test_f_trains_what_has_a_gradient_and_puts_the_flags_back_after_an_error_too(build, batches):
     model, data = build("toy"), batches("toy", 2)
-    model.spare = torch.nn.Linear(2, 2)  # no forward uses it
+    model.spare = torch.nn.Linear(2, 2).eval()  # no forward uses it
     model.first.weight.requires_grad_(False)
     before = sl.snapshot(model)
 
