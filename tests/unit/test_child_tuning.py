@@ -136,6 +136,8 @@ def test_options_reach_d_s_scores_and_phase(build, batches):
         return model.second.weight.square().sum()
 
     assert set(child_network(model, data, p=0.1, loss=on_one_weight).indices) == {"second.weight"}
+    (phase,) = child_tuning_d(model, data, p=0.1, loss=on_one_weight, **RATES)
+    assert set(phase.selection.indices) == {"second.weight"}
     assert "second.weight" not in child_network(model, data, p=0.1, head=("second", "classifier")).shapes
 
 
