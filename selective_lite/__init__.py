@@ -8,7 +8,17 @@ from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probabi
 from .ledger import ledger
 from .masked import masked
 from .params import head_weights, resolve_budget, snapshot, weights
-from .scores import gradient_magnitude, magnitude, model_loss, movement, squared_gradient, taylor, uniform
+from .scores import (
+    exclude,
+    expected_squared_gradient,
+    gradient_magnitude,
+    magnitude,
+    model_loss,
+    movement,
+    squared_gradient,
+    taylor,
+    uniform,
+)
 from .select import Selection, random_nonzero, rule, select, shuffled
 from .train import Phase, constant, dense, fit, fixed_mask, linear_decay
 
@@ -24,6 +34,8 @@ __all__ = [
     "dense",
     "deterministic_gate",
     "diff",
+    "exclude",
+    "expected_squared_gradient",
     "fit",
     "fixed_mask",
     "gradient_magnitude",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .params import check_names, modes_kept, weights
+from .params import check_names, modes_kept, starts_with, weights
 
 Scores = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -147,6 +147,76 @@ def taylor(
     g = _accumulate(model, samples, loss, head, lambda g: g / len(samples))
     h = _accumulate(model, samples, loss, head, lambda g: g.square() / len(samples))
     return {name: (h[name] * p.detach() / 2 - g[name]).mul_(p.detach()).abs_() for name, p in candidates.items()}
+
+
+def expected_squared_gradient(
+    model: nn.Module, batches: Iterable[Batch], *, head: Sequence[str] | None = None
+) -> Scores:
+    """Sum over samples of the expected squared gradient under the model's own labels: the true Fisher, exactly.
+
+    One backward pass for every sample and class, so it is for classifiers of few classes;
+    ``squared_gradient(..., labels="model")`` draws one label a sample instead. Given labels are ignored. Source: the
+    ``expect`` of the code of Sung et al. 2021 (FISH).
+
+    Parameters
+    ----------
+    model
+        A classifier whose output has ``logits`` of shape (samples, classes), scored as in `squared_gradient`.
+    batches, head
+        As in `squared_gradient`.
+
+    Returns
+    -------
+    dict
+        As in `squared_gradient`.
+
+    Raises
+    ------
+    ValueError
+        If the logits have another shape, for no batch, a non-finite score, or scores that are all zero.
+    """
+
+    def parts() -> Iterator[Batch]:
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            with torch.no_grad():
+                shape = model(**inputs).logits.shape
+            if len(shape) != 2:
+                raise ValueError(
+                    f"logits have shape {tuple(shape)}, not (samples, classes); use squared_gradient, with given labels"
+                )
+            for sample in _samples(inputs):
+                yield from ({**sample, "labels": torch.tensor(c, device="cpu")} for c in range(shape[1]))
+
+    def root_of_term(model: nn.Module, part: Batch) -> Tensor:
+        log_p = model(**{key: value for key, value in part.items() if key != "labels"}).logits.log_softmax(-1)
+        log_p = log_p[0, int(part["labels"])]
+        # (eq-expected-fisher)  F = sum_i sum_c p(c | x_i) (d -log p(c | x_i) / d w)^2;  the root is squared below
+        return -log_p * log_p.detach().exp().sqrt()
+
+    return _accumulate(model, parts(), root_of_term, head, torch.square)
+
+
+def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
+    """The scores with zeros for tensors that must not be selected from; `select` never takes a zero.
+
+    Parameters
+    ----------
+    scores
+        ``{name: tensor}``; it is not changed, and what is not excluded is not copied.
+    frozen
+        Names or dotted prefixes of tensors. They still count in a fraction's total.
+
+    Raises
+    ------
+    ValueError
+        If a prefix names nothing.
+    """
+    prefixes = (frozen,) if isinstance(frozen, str) else tuple(frozen)
+    for prefix in prefixes:
+        if not any(starts_with(name, (prefix,)) for name in scores):
+            raise ValueError(f"frozen={prefix!r} names no candidate; give names or prefixes out of weights(model)")
+    return {name: torch.zeros_like(s) if starts_with(name, prefixes) else s for name, s in scores.items()}
 
 
 def _one_of(argument: str, value: object, allowed: tuple) -> None:

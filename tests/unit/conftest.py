@@ -68,12 +68,29 @@ def _gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=12, n_layer=2, n_head=2, n_positions=16))
 
 
+def _vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=20,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+    )
+    return ViTForImageClassification(config)
+
+
 BUILDERS = {
     "toy": Toy,
     "bert": lambda: _bert("bert"),
     "bert_tied": lambda: _bert("bert_tied"),
     "llama": _llama,  # input and output embeddings are tied, two query heads share a key head
     "gpt2": _gpt2,  # Conv1D, tied
+    "vit": _vit,  # its embeddings are a convolution and bare parameters, of which no part can be masked
 }
 CLASSIFIERS = ("toy", "bert")
 
@@ -92,10 +109,13 @@ def build():
 
 @pytest.fixture(scope="session")
 def batches():
-    """batches(kind, count, size=3) -> a list of batches: token ids without padding, and labels."""
+    """batches(kind, count, size=3) -> a list of batches: token ids without padding (or images), and labels."""
 
     def make(kind, count, size=3):
         generator = torch.Generator().manual_seed(1)
+        if kind == "vit":
+            images = [torch.randn(size, 1, 8, 8, generator=generator) for _ in range(count)]
+            return [{"pixel_values": i, "labels": torch.randint(0, 3, (size,), generator=generator)} for i in images]
         ids = [torch.randint(1, 11, (size, 7), generator=generator) for _ in range(count)]
         if kind in CLASSIFIERS:
             return [{"input_ids": i, "labels": torch.randint(0, 3, (size,), generator=generator)} for i in ids]

@@ -22,7 +22,8 @@ def state():
             torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state()), list(warnings.filters),
             dict(os.environ), sys.path[:])
 before, loaded = state(), set(sys.modules)
-import selective_lite, selective_lite.methods.diff_pruning, selective_lite.methods.freezing
+import selective_lite
+from selective_lite.methods import bitfit, child_tuning, diff_pruning, fish, freezing, lt_sft, promises
 assert state() == before
 new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
 print(*sorted(new - set(sys.stdlib_module_names)), *(name for name in sys.argv[1:] if name in sys.modules))

@@ -12,6 +12,7 @@ GRADIENT_SCORES = {
     "squared": sl.squared_gradient,
     "squared_batch": lambda *a, **k: sl.squared_gradient(*a, reduction="batch", **k),
     "true_fisher": lambda *a, **k: sl.squared_gradient(*a, labels="model", **k),
+    "expected_fisher": sl.expected_squared_gradient,
     "magnitude": sl.gradient_magnitude,
     "taylor1": sl.taylor,
     "taylor2": lambda *a, **k: sl.taylor(*a, order=2, **k),
@@ -121,6 +122,49 @@ def test_true_fisher_is_a_function_of_its_seed_and_ignores_the_given_labels(buil
     same, other = (sl.squared_gradient(model, others, labels="model", seed=seed) for seed in (3, 4))
     assert torch.equal(one["first.weight"], same["first.weight"])
     assert not torch.equal(one["first.weight"], other["first.weight"])
+
+
+def test_expected_fisher_weighs_every_class_with_its_probability_and_ignores_the_given_labels(build, batches):
+    model, data = build("toy").double(), batches("toy", 2)
+    expected = {name: torch.zeros_like(p) for name, p in sl.weights(model).items()}
+    for sample in samples(data):
+        probabilities = model(**sample).logits.softmax(-1)[0].detach()
+        for label, probability in enumerate(probabilities):
+            for name, gradient in gradients(model, {**sample, "labels": torch.tensor([label])}).items():
+                expected[name] += probability * gradient**2
+    assert_close(sl.expected_squared_gradient(model, data), expected)
+    unlabelled = [{"input_ids": batch["input_ids"]} for batch in data]
+    assert_close(sl.expected_squared_gradient(model, unlabelled), expected)
+    assert "second.weight" not in sl.expected_squared_gradient(model, data, head=("second", "classifier"))
+
+
+def test_expected_fisher_is_the_mean_of_draws(build, batches):
+    model, (batch,) = build("toy").double(), batches("toy", 1, size=2)
+    exact = sl.expected_squared_gradient(model, [batch])["second.weight"]
+    many = {key: value.repeat(300, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    drawn = sl.squared_gradient(model, [many], labels="model", seed=1)["second.weight"] / 300
+    assert (drawn / exact - 1).abs().median() < 0.1
+
+
+def test_expected_fisher_of_a_language_model_raises(build, batches):
+    with pytest.raises(ValueError, match=r"logits have shape \(3, 7, 53\), not \(samples, classes\)"):
+        sl.expected_squared_gradient(build("llama"), batches("llama", 1))
+
+
+def test_what_is_excluded_scores_zero_and_the_rest_is_not_copied(build):
+    scores = sl.magnitude(build("bert"))
+    kept = {name: score.clone() for name, score in scores.items()}
+    found = sl.exclude(scores, ("bert.embeddings", "bert.pooler.dense.bias"))
+    assert list(found) == list(scores)
+    for name, score in found.items():
+        out = name.startswith("bert.embeddings.") or name == "bert.pooler.dense.bias"
+        assert score.shape == scores[name].shape
+        assert score.any() != out or not kept[name].any()
+        assert (score is scores[name]) != out
+        assert torch.equal(scores[name], kept[name])
+    assert not sl.exclude(scores, "bert.pooler")["bert.pooler.dense.weight"].any()
+    with pytest.raises(ValueError, match=r"frozen='bert.embed' names no candidate; give names or prefixes"):
+        sl.exclude(scores, ("bert.pooler", "bert.embed"))
 
 
 def test_gradient_magnitude_and_taylor_are_their_formulas(build, batches):

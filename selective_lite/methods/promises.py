@@ -1,0 +1,41 @@
+"""What each method promises about the weights that it trains: each promise is tested, and nothing else is claimed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Promise = Literal["exact k", "rule-sized", "nearest", "rest bit-identical", "sparse", "additive"]
+
+MEANING: dict[Promise, str] = {
+    "exact k": "exactly the asked number of weights is trained, beside the head",
+    "rule-sized": "a rule on names, not a budget, says how many weights are trained",
+    "nearest": "the number of trained weights is the nearest to the budget that whole modules allow",
+    "rest bit-identical": "every weight that is neither selected nor of the head keeps its bits",
+    "sparse": "what was trained ships as a delta of the selected weights and the head alone",
+    "additive": "modules are added; the base's own weights outside the head keep their bits",
+}
+
+_SELECTED: tuple[Promise, ...] = ("exact k", "rest bit-identical", "sparse")
+_RULE: tuple[Promise, ...] = ("rule-sized", "rest bit-identical", "sparse")
+
+# A row a method, by the name of its function; a method that trains every weight promises nothing.
+PROMISES: dict[str, tuple[Promise, ...]] = {
+    "dense": (),
+    "layerwise_rates": (),
+    "child_tuning_f": (),
+    "last_layers": ("rule-sized", "rest bit-identical"),  # half of a model is no sparse delta
+    "bitfit": _RULE,
+    "fixed_mask": _SELECTED,
+    "fish": _SELECTED,
+    "child_tuning_d": _SELECTED,
+    "lt_sft": _SELECTED,
+    "diff_pruning": _SELECTED,
+}
+
+
+def table() -> str:
+    """The promises as a Markdown table: a row a method, a column a promise."""
+    columns = list(MEANING)
+    rows = [["method", *columns], ["---"] * (1 + len(columns))]
+    rows += [[f"`{name}`", *("yes" if c in made else "" for c in columns)] for name, made in PROMISES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

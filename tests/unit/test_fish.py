@@ -1,0 +1,146 @@
+"""FISH: which samples and labels the score sees, exactly k trained weights, and bad input that changes nothing."""
+
+import pytest
+import torch
+
+import selective_lite as sl
+from selective_lite.methods.fish import fish, fish_mask, fisher_information
+
+RATES = {"lr": 0.02, "epochs": 2}
+
+
+def test_the_score_uses_the_first_samples_and_no_others(build, batches):
+    model, data = build("toy"), batches("toy", 4)  # of 3 samples each
+    four = [data[0], {key: value[:1] for key, value in data[1].items()}]
+    for fisher, score in (("empirical", sl.squared_gradient), ("expected", sl.expected_squared_gradient)):
+        found, expected = fisher_information(model, data, samples=4, fisher=fisher), score(model, four)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    every, all_of_them = fisher_information(model, data), sl.squared_gradient(model, data)  # 12 are fewer than 1,024
+    assert all(torch.equal(every[name], all_of_them[name]) for name in every)
+
+    def endless():
+        yield from data
+        raise AssertionError("a batch after the last sample was asked for")
+
+    fisher_information(model, endless(), samples=12)
+
+
+def test_the_three_fishers_are_the_three_scores(build, batches):
+    model, data = build("bert"), batches("bert", 2)
+    others = [{**batch, "labels": (batch["labels"] + 1) % 3} for batch in data]
+    expected = {
+        "empirical": sl.squared_gradient(model, data),
+        "sampled": sl.squared_gradient(model, data, labels="model", seed=3),
+        "expected": sl.expected_squared_gradient(model, data),
+    }
+    name = "bert.pooler.dense.weight"
+    for fisher, score in expected.items():
+        assert torch.equal(fisher_information(model, data, fisher=fisher, seed=3)[name], score[name])
+        ignores = torch.equal(fisher_information(model, others, fisher=fisher, seed=3)[name], score[name])
+        assert ignores == (fisher != "empirical")  # the model's own labels need no given ones
+    assert not torch.allclose(expected["sampled"][name], expected["expected"][name], rtol=0.01, atol=0)
+
+
+def test_the_loss_is_the_one_given(build, batches):
+    model, data = build("toy"), batches("toy", 2)
+
+    def doubled(model, batch):
+        return 2 * model(**batch).loss
+
+    one, four = fisher_information(model, data), fisher_information(model, data, loss=doubled)
+    torch.testing.assert_close(four["first.weight"], 4 * one["first.weight"])
+
+
+def test_the_mask_is_the_global_top_k(build, batches):
+    model = build("toy")
+    scores = fisher_information(model, batches("toy", 3))
+    selection = fish_mask(scores, 20)
+    every = torch.cat([s.flatten() for s in scores.values()])
+    chosen = torch.cat([scores[name].flatten()[index] for name, index in selection.indices.items()])
+    assert torch.equal(chosen.sort().values, every.sort().values[-20:])
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "expected"])
+@pytest.mark.parametrize("kind", ["toy", "bert"])
+def test_exactly_k_weights_and_the_head_are_trained(build, batches, kind, fisher):
+    model, data = build(kind), batches(kind, 3)
+    before, keys = sl.snapshot(model), list(model.state_dict())
+    expected = fish_mask(fisher_information(model, data, samples=5, fisher=fisher, seed=1), 25)
+    method = fish(model, 25, data, samples=5, fisher=fisher, seed=1, lr_head=0.01, weight_decay=0.1, **RATES)
+    records = sl.fit(model, method, data)
+
+    assert [r["phase"] for r in records] == ["FISH"] * 6
+    for name, mask in expected.masks().items():
+        assert torch.equal(model.get_parameter(name) != before[name], mask), name
+    assert all((p != before[name]).all() for name, p in sl.head_weights(model).items())
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_causal_language_model_is_scored_with_its_given_labels(build, batches):
+    model, data = build("llama"), batches("llama", 2)
+    before = sl.snapshot(model)
+    sl.fit(model, fish(model, 0.01, data, **RATES), data)
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(int((p != before[name]).sum()) for name, p in model.named_parameters()) == round(0.01 * total)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_rates_decay_and_epochs_reach_the_phase(build, batches):
+    model, data = build("toy"), batches("toy", 1)
+    (phase,) = fish(model, 9, data, lr=0.1, lr_head=0.2, epochs=3, weight_decay=0.3)
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(0.1, 0.3), (0.2, 0.3)]
+    assert phase.epochs == 3
+    assert phase.selection.count == 9
+
+
+def test_what_is_frozen_is_never_selected_and_still_counts_in_the_total(build, batches):
+    model, data = build("vit"), batches("vit", 2)
+    total = sum(p.numel() for p in sl.weights(model).values())
+    (phase,) = fish(model, 0.2, data, frozen=("vit.embeddings",), **RATES)
+    assert phase.selection.count == round(0.2 * total)
+    assert phase.selection.total == total
+    assert not any(name.startswith("vit.embeddings") for name in phase.selection.indices)
+    with pytest.raises(ValueError, match="has no sampled gradient"):
+        next(fish(model, 0.5, data, **RATES))  # a part of the convolution
+
+
+def test_the_head_may_be_named(build, batches):
+    model, data = build("toy"), batches("toy", 2)
+    for fisher in ("empirical", "sampled", "expected"):
+        (phase,) = fish(model, 9, data, fisher=fisher, head=("second", "classifier"), **RATES)
+        assert "second.weight" not in phase.selection.shapes
+        assert {id(p) for p in phase.groups[1]["params"]} == {
+            id(p) for p in (*model.second.parameters(), *model.classifier.parameters())
+        }
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fisher": "true"}, ValueError, "fisher='true' is unknown; choose 'empirical'"),
+        ({"samples": 0}, ValueError, "samples=0 must be at least 1"),
+        ({"budget": True}, TypeError, "budget=True is a bool"),
+        ({"budget": 10**6}, ValueError, "budget=1000000 is outside"),
+        ({"batches": []}, ValueError, "batches is empty"),
+        ({"batches": [], "fisher": "expected"}, ValueError, "batches is empty"),
+        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no candidate"),
+        ({"head": ("clasifier",)}, ValueError, "head='clasifier' names no parameter"),
+    ],
+)
+def test_bad_input_raises_and_the_model_is_as_it_was(build, batches, options, error, message):
+    model = build("toy").train()
+    before = sl.snapshot(model)
+    arguments = {"budget": 9, "batches": batches("toy", 1), **RATES, **options}
+    with pytest.raises(error, match=message):
+        sl.fit(model, fish(model, arguments.pop("budget"), arguments.pop("batches"), **arguments), batches("toy", 1))
+    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_head_of_zeros_raises_instead_of_selecting_by_chance(build, batches):
+    model, data = build("toy"), batches("toy", 1)
+    torch.nn.init.zeros_(model.classifier.weight)
+    with pytest.raises(ValueError, match="scores are zero for every weight"):
+        next(fish(model, 9, data, **RATES))

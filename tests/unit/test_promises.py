@@ -1,0 +1,221 @@
+"""Promises: the table's every promise, on BERT, a ViT and a tied Llama, in float32, bfloat16 and under accumulation."""
+
+from contextlib import closing
+from functools import cache, partial
+
+import pytest
+import torch
+
+import selective_lite as sl
+from selective_lite.methods.bitfit import bitfit
+from selective_lite.methods.child_tuning import child_tuning_d, child_tuning_f
+from selective_lite.methods.diff_pruning import diff_pruning
+from selective_lite.methods.fish import fish
+from selective_lite.methods.freezing import last_layers, layerwise_rates
+from selective_lite.methods.lt_sft import lt_sft
+from selective_lite.methods.promises import MEANING, PROMISES, table
+
+K = 60
+KINDS = ("bert", "vit", "llama")
+SETTINGS = ("float32", "bfloat16", "accumulation")
+LR, EPOCHS = 0.05, 2
+# No part of a ViT's convolution and bare parameters can be masked; Diff Pruning selects from all but the head, so there
+# they count as the head.
+FROZEN = {"vit": ("vit.embeddings",)}
+HEAD = {("diff_pruning", "vit"): ("classifier", "vit.embeddings")}
+
+
+def fixed_mask(model, data, kind):
+    scores = sl.exclude(sl.uniform(model, 0), FROZEN.get(kind, ()))
+    return sl.fixed_mask(model, sl.random_nonzero(scores, K, seed=1), lr=LR, epochs=EPOCHS, weight_decay=0.1)
+
+
+# A row a method: how the tests call it.
+METHODS = {
+    "dense": lambda model, data, kind: sl.dense(model, lr=LR, epochs=EPOCHS),
+    "layerwise_rates": lambda model, data, kind: layerwise_rates(model, lr=LR, decay=0.5, epochs=EPOCHS),
+    "last_layers": lambda model, data, kind: sl.fixed_mask(model, last_layers(model, 1), lr=LR, epochs=EPOCHS),
+    "fixed_mask": fixed_mask,
+    "fish": lambda model, data, kind: fish(
+        model, K, data, lr=LR, epochs=EPOCHS, weight_decay=0.1, frozen=FROZEN.get(kind, ())
+    ),
+    "child_tuning_f": lambda model, data, kind: child_tuning_f(model, lr=LR, epochs=EPOCHS),
+    "child_tuning_d": lambda model, data, kind: child_tuning_d(
+        model, data, p=0.02, lr=LR, epochs=EPOCHS, weight_decay=0.1, frozen=FROZEN.get(kind, ())
+    ),
+    "bitfit": lambda model, data, kind: bitfit(model, lr=LR, epochs=EPOCHS, weight_decay=0.1),
+    "lt_sft": lambda model, data, kind: lt_sft(
+        model, K, lr=LR, epochs=(1, EPOCHS), iterations=2, weight_decay=0.1, frozen=FROZEN.get(kind, ())
+    ),
+    "diff_pruning": lambda model, data, kind: diff_pruning(
+        model, K, lr_w=0.02, lr=LR, lr_alpha=1.0, epochs=(3, EPOCHS), head=HEAD.get(("diff_pruning", kind))
+    ),
+}
+IMPOSSIBLE = {("bitfit", "llama")}  # no biases
+
+
+def asked(name, model):
+    """The number of weights that was asked for."""
+    return {"child_tuning_d": round(0.02 * sum(p.numel() for p in sl.weights(model).values()))}.get(name, K)
+
+
+def ruled(name, model):
+    """The number of weights that the rule names, beside the head."""
+    after = ("layers.1.", "layer.1.", "pooler.", "model.norm.", "vit.layernorm.")
+    rules = {
+        "bitfit": lambda n: n.endswith(".bias"),
+        "last_layers": lambda n: any(part in n for part in after),
+    }
+    return sum(p.numel() for n, p in sl.weights(model).items() if rules[name](n))
+
+
+def accumulate(model, phases, data):
+    """Another loop than `fit`: two batches a step, as one's own training code has it."""
+    with closing(phases):
+        for phase in phases:
+            called = (phase.model or model).train()
+            optimizer = torch.optim.AdamW([{k: v for k, v in g.items() if k != "schedule"} for g in phase.groups])
+            for step in range(phase.epochs):
+                optimizer.zero_grad()
+                for batch in data:
+                    (sl.model_loss(called, batch) / len(data)).backward()
+                if phase.penalty:
+                    phase.penalty().backward()
+                for action in (phase.before_step, lambda progress, o: o.step(), phase.after_step):
+                    if action:
+                        action((step + 1) / phase.epochs, optimizer)
+            model.eval()
+
+
+class Run:
+    """A method, run on a fresh model: the base's bits, the model after, the selection of the last phase."""
+
+    def __init__(self, build, batches, name, kind, setting, seed):
+        self.name, self.batch = name, batches(kind, 1)[0]
+        self.fresh = lambda: build(kind).to(torch.bfloat16 if setting == "bfloat16" else torch.float32)
+        self.model = self.fresh()
+        self.base, self.keys = sl.snapshot(self.model), list(self.model.state_dict())
+        head = HEAD.get((name, kind))
+        data = batches(kind, 2 + seed)[seed:]  # another seed is another task
+        method = METHODS[name](self.model, data, kind)
+        self.selection = None
+
+        def phases():
+            with closing(method):
+                for phase in method:
+                    self.selection = phase.selection
+                    yield phase
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            (accumulate if setting == "accumulation" else sl.fit)(self.model, phases(), data)
+        self.candidates, self.head = sl.weights(self.model, head), sl.head_weights(self.model, head)
+        self.delta = partial(sl.diff, self.base, self.model, head=head, method=name)
+
+
+@pytest.fixture(scope="module")
+def run(build, batches):
+    """run(name, kind, setting, seed=0) -> the `Run`, made once."""
+    return cache(partial(Run, build, batches))
+
+
+def bits(model):
+    return {name: p.detach().view(torch.int16).numpy().tobytes() for name, p in model.named_parameters()}
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def sized(count, one, other, path):
+    """As many weights as asked, or as the rule says, are trained: the selected ones and the head have moved."""
+    assert one.selection.count == count(one.name, one.model)
+    moved = sum(
+        int((one.candidates[n].reshape(-1)[i] != one.base[n].reshape(-1)[i]).sum())
+        for n, i in one.selection.indices.items()
+    )
+    assert moved > 0.5 * one.selection.count  # not all of them: a word may not occur, a step be lost in bfloat16
+    assert not any(torch.equal(p, one.base[n]) for n, p in one.head.items())
+
+
+def rest_identical(one, other, path):
+    """Every weight that is neither selected nor of the head has its bits."""
+    masks = one.selection.masks()
+    assert set(masks) == set(one.candidates)
+    assert set(masks) | set(one.head) == set(one.base)
+    for n, p in one.candidates.items():
+        assert torch.equal(p.detach()[~masks[n]], one.base[n][~masks[n]]), n
+    assert list(one.model.state_dict()) == one.keys
+
+
+def sparse(one, other, path):
+    """A small file of the trained weights and the head: saved, loaded, applied, reverted; on, off, and in turn."""
+    delta, masks = one.delta(), one.selection.masks()
+    assert delta.count <= one.selection.count < 0.1 * one.selection.total
+    assert all(masks[n].reshape(-1)[positions.long()].all() for n, positions in delta.positions.items())
+    assert all(masks[n].all() for n in delta.dense)
+    delta.save(path)
+    base = one.fresh()
+    before, tuned, plain = bits(base), bits(one.model), outputs(base, one.batch)
+    for _ in range(2):
+        with sl.load(path).apply(base):
+            assert bits(base) == tuned
+            assert torch.equal(outputs(base, one.batch), outputs(one.model, one.batch))
+        assert bits(base) == before
+        assert torch.equal(outputs(base, one.batch), plain)
+    theirs = bits(other.model)
+    assert theirs != tuned
+    for applied, after in ((other.delta(), theirs), (sl.load(path), tuned)):
+        applied = applied.apply(base)
+        assert bits(base) == after
+        applied.revert()
+        assert bits(base) == before
+
+
+# A check a promise, called with two runs of a method and a path to write to.
+CHECKS = {
+    "exact k": partial(sized, asked),
+    "rule-sized": partial(sized, ruled),
+    "rest bit-identical": rest_identical,
+    "sparse": sparse,
+}
+
+CASES = [
+    pytest.param(name, kind, setting, promise, id=f"{name}-{kind}-{setting}-{promise}".replace(" ", "_"))
+    for name, promises in PROMISES.items()
+    for promise in promises
+    for kind in KINDS
+    for setting in SETTINGS
+    if (name, kind) not in IMPOSSIBLE
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "setting", "promise"), CASES)
+def test_a_promise_holds(run, tmp_path, name, kind, setting, promise):
+    one, other = (run(name, kind, setting, seed) for seed in (0, 1))
+    CHECKS[promise](one, other, tmp_path / "delta.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name, promises in PROMISES.items() if not promises])
+def test_what_promises_nothing_moves_everything(run, name):
+    one = run(name, "bert", "float32", 0)
+    assert one.selection is None
+    assert not [n for n, p in one.model.named_parameters() if torch.equal(p, one.base[n])]
+
+
+def test_every_row_of_the_table_is_tested_and_every_promise_explained():
+    assert set(PROMISES) == set(METHODS)
+    assert {promise for made in PROMISES.values() for promise in made} <= set(CHECKS) <= set(MEANING)
+    for made in PROMISES.values():
+        assert len(set(made)) == len(made)
+        assert len({"exact k", "rule-sized", "nearest"} & set(made)) <= 1
+
+
+def test_the_table_shows_a_row_a_method_and_a_column_a_promise():
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()]
+    assert lines[0] == ["method", *MEANING]
+    assert set(lines[1]) == {"---"}
+    assert {
+        row[0].strip("`"): [p for p, cell in zip(lines[0][1:], row[1:], strict=True) if cell] for row in lines[2:]
+    } == {name: [p for p in MEANING if p in made] for name, made in PROMISES.items()}
