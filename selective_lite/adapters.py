@@ -25,9 +25,17 @@ KINDS = ("lora", "adapter")
 
 
 def part_shapes(kind: Kind, d_in: int, d_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a small module, ``{name: shape}``, for a layer from `d_in` to `d_out` features."""
+    """The tensors of a small module, ``{part: shape}``, for a layer from `d_in` to `d_out` features.
+
+    Raises
+    ------
+    ValueError
+        If `kind` is neither ``"lora"`` nor ``"adapter"``.
+    """
     if kind == "lora":
         return {"A": (rank, d_in), "B": (d_out, rank)}
+    if kind != "adapter":
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
     return {"down": (rank, d_out), "down_bias": (rank,), "up": (d_out, rank), "up_bias": (d_out,)}
 
 

@@ -8,18 +8,15 @@ tau is the one at which the charge meets the budget.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Generator, Mapping, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
-from math import prod
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters import (
-    KINDS,
     Kind,
     adapter_parameters,
     add_adapters,
@@ -34,8 +31,7 @@ from ..params import check_names, head_weights, owners, resolve_budget, starts_w
 from ..scores import check_scores
 from ..select import Selection, select
 from ..train import Group, Phase
-
-ROLES = ("structured", "whole", "unstructured")
+from .sweep import tau_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +88,8 @@ def allocate(
     """Spend a budget on small modules, whole vectors and single weights: a pure function of scores and architecture.
 
     Only weights of ``nn.Linear`` and Hugging Face's ``Conv1D`` become structured; tensors of at most one dimension are
-    vectors; these matrices and ``nn.Embedding`` tables may be tuned weight by weight. The charge grows with tau, so
-    the sweep over tau is a bisection: some twenty linear selections, nothing is sorted.
+    vectors; these matrices and ``nn.Embedding`` tables may be tuned weight by weight. The sweep over tau (`sweep`) is
+    linear in the number of scores.
 
     Parameters
     ----------
@@ -112,8 +108,7 @@ def allocate(
     spend
         The charge ``"nearest"`` to the budget (authors' code; it may exceed it), or the largest within it.
     taus
-        The values of tau to choose from, increasing (authors' code: 20,000 to 1.58 million by 20,000); default: all,
-        or every N / 2^20-th.
+        The values of tau to choose from, increasing (authors' code: 20,000 to 1.58 million by 20,000); default: all.
     exclude
         Names or prefixes of tensors that take no part.
     head
@@ -125,52 +120,56 @@ def allocate(
         For a bad option, budget, name, shape or rank; scores that are all zero or not finite; a budget below the
         charge of the smallest module, or above what can be spent.
     """
-    if kind not in KINDS or spend not in ("nearest", "capped"):
-        raise ValueError(f"kind={kind!r}, spend={spend!r}: choose one of {KINDS}, and 'nearest' or 'capped'")
+    if spend not in ("nearest", "capped"):
+        raise ValueError(f"spend={spend!r} is unknown; choose 'nearest' or 'capped'")
     if not (alpha >= 1 and beta >= 1):
         raise ValueError(f"alpha={alpha}, beta={beta}: both are at least 1, or the charge would not grow with tau")
     candidates = weights(model, head)
     used = _used(model, scores, (exclude,) if isinstance(exclude, str) else tuple(exclude), candidates)
-    places = check_places(model, dict.fromkeys(_matrices(model, used), rank))
-    # (eq-spt-module)  LoRA: charge = r (d_in + d_out);  Adapter: charge = 2 r d_out + r + d_out
-    charges = {name: charge(kind, d_in, d_out, rank) for name, (_, d_in, d_out) in places.items()}
+    prices = _prices(model, used, kind, rank, alpha, beta)
     k = resolve_budget(budget, sum(p.numel() for p in candidates.values()))
-    if k < min(charges.values(), default=0):
+    least = min((price for name, (_, price) in prices.items() if used[name].dim() == 2), default=0)
+    if k < least:
         raise ValueError(
-            f"budget={budget} is {k} weights, below {min(charges.values())}, the charge of the smallest module at "
-            f"rank={rank}; raise the budget, lower the rank, or use select for single weights"
+            f"budget={budget} is {k} weights, below {least}, the charge of the smallest module at rank={rank}; raise "
+            "the budget, lower the rank, or use select for single weights"
         )
 
-    def cost(name: str, count: int) -> tuple[str, int]:
-        shape = used[name].shape
-        # (eq-spt-structured)  a matrix is structured where its sensitive weights number >= charge / alpha
-        if name in charges and count >= charges[name] / alpha:
-            return "structured", charges[name]
-        # (eq-spt-whole)  a vector is tuned whole where its sensitive weights number >= length / beta
-        if len(shape) <= 1 and count >= prod(shape) / beta:
-            return "whole", prod(shape)
-        return "unstructured", count
+    def cost(name: str, count: Tensor) -> Tensor:
+        # (eq-spt-charge)  charge(tau) = charges of modules + lengths of whole vectors + all other sensitive weights
+        enough, price = prices.get(name, (0, 0))
+        return torch.where(count >= enough, price, count) if price else count
 
-    @cache
-    def charged(tau: int) -> int:
-        # (eq-spt-charge)  charge(tau) = charges of modules + lengths of whole vectors + other sensitive weights
-        return sum(cost(name, count)[1] for name, count in select(used, tau).per_tensor().items())
-
-    tau = _tau(charged, _checked(taus, used), k, spend)
+    tau = tau_for(used, cost, k, taus=taus, capped=spend == "capped")
     sensitive = select(used, tau)
-    costs = {name: cost(name, count) for name, count in sensitive.per_tensor().items()}
-    named = {role: tuple(n for n, (r, _) in costs.items() if r == role) for role in ROLES}
-    indices = {name: index for name, index in sensitive.indices.items() if name in named["unstructured"]}
-    return Allocation(
-        named["structured"],
-        named["whole"],
-        Selection(indices, sensitive.shapes),
-        kind,
-        rank,
-        tau,
-        {role: sum(c for r, c in costs.values() if r == role) for role in ROLES},
-        tuple(name for name in candidates if name not in used),
-    )
+    bought = [n for n, count in sensitive.per_tensor().items() if n in prices and count >= prices[n][0]]
+    structured, whole = (tuple(n for n in bought if (used[n].dim() == 2) == matrix) for matrix in (True, False))
+    selection = Selection({n: i for n, i in sensitive.indices.items() if n not in bought}, sensitive.shapes)
+    counts = {
+        "structured": sum(prices[name][1] for name in structured),
+        "whole": sum(prices[name][1] for name in whole),
+        "unstructured": selection.count,
+    }
+    left_out = tuple(name for name in candidates if name not in used)
+    return Allocation(structured, whole, selection, kind, rank, tau, counts, left_out)
+
+
+def _prices(
+    model: nn.Module, used: Mapping[str, Tensor], kind: Kind, rank: int, alpha: float, beta: float
+) -> dict[str, tuple[int, int]]:
+    """How many sensitive weights a matrix or vector must have to be bought as one, and what it then costs."""
+    places, prices = owners(model), {}
+    # A linear layer's weight may get a small module, if it is not tied to another.
+    linear = [n for n, s in used.items() if s.dim() == 2 and len(places[n]) == 1 and linear_sizes(places[n][0][0])]
+    for name, (_, d_in, d_out) in check_places(model, dict.fromkeys(linear, rank)).items():
+        price = charge(kind, d_in, d_out, rank)
+        # (eq-spt-structured)  a matrix gets a small module where its sensitive weights number >= charge / alpha
+        prices[name] = math.ceil(price / alpha), price
+    for name, score in used.items():
+        if score.dim() <= 1:
+            # (eq-spt-whole)  a vector is tuned whole where its sensitive weights number >= length / beta
+            prices[name] = math.ceil(score.numel() / beta), score.numel()
+    return prices
 
 
 def _used(
@@ -199,42 +198,6 @@ def _samples(module: nn.Module, attribute: str) -> bool:
     plain = type(module) is nn.Embedding and module.max_norm is None and not module.sparse
     table = plain and not module.scale_grad_by_freq
     return attribute == "weight" and (table or linear_sizes(module) is not None)
-
-
-def _matrices(model: nn.Module, used: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that may get a small module: a linear layer's weight that is not tied to another."""
-    places = owners(model)
-    return [n for n, s in used.items() if s.dim() == 2 and len(places[n]) == 1 and linear_sizes(places[n][0][0])]
-
-
-def _checked(taus: Sequence[int] | None, used: Mapping[str, Tensor]) -> Sequence[int]:
-    nonzero = sum(int(score.count_nonzero()) for score in used.values())
-    if taus is None:
-        step = max(1, sum(score.numel() for score in used.values()) >> 20)
-        return range(min(step, nonzero), nonzero + 1, step)
-    if not taus or taus[0] < 1 or taus[-1] > nonzero or any(a >= b for a, b in pairwise(taus)):
-        raise ValueError(f"taus must increase within [1, {nonzero}], the number of non-zero scores, and not be empty")
-    return taus
-
-
-def _tau(charged: Callable[[int], int], taus: Sequence[int], k: int, spend: str) -> int:
-    """The tau whose charge is nearest to k, or the largest within it. Doubling first keeps the selections small."""
-    end = 1
-    while end < len(taus) and charged(taus[end - 1]) < k:
-        end *= 2
-    i = bisect_left(taus, k, hi=min(end, len(taus)), key=charged)
-    if i == len(taus):
-        raise ValueError(
-            f"budget asks for {k} weights, but these tensors can take only {charged(taus[-1])}; lower the budget, "
-            "raise the rank, or give more taus"
-        )
-    above = charged(taus[i])
-    below = charged(taus[i - 1]) if i else 0
-    if above == k or (spend == "nearest" and (i == 0 or above - k < k - below)):
-        return taus[i]
-    if i == 0:
-        raise ValueError(f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, charges {above}")
-    return taus[i - 1]
 
 
 def spt(
@@ -292,20 +255,12 @@ def spt(
         heads = {name: p for name, p in head_weights(model, head).items() if name not in modules}
         with masked(model, allocation.selection, dense=(*allocation.whole, *modules, *heads)) as training:
             whole = [model.get_parameter(name) for name in allocation.whole]
-            groups: list[Group] = [
-                {"params": [*training.parameters(), *whole], "lr": lr, "weight_decay": 0.0},
-                {
-                    "params": list(modules.values()),
-                    "lr": lr if lr_modules is None else lr_modules,
-                    "weight_decay": weight_decay,
-                },
-                {
-                    "params": list(heads.values()),
-                    "lr": lr if lr_head is None else lr_head,
-                    "weight_decay": weight_decay,
-                },
-            ]
-            groups = [group for group in groups if group["params"]]
+            rates = (
+                ([*training.parameters(), *whole], lr, 0.0),
+                (list(modules.values()), lr if lr_modules is None else lr_modules, weight_decay),
+                (list(heads.values()), lr if lr_head is None else lr_head, weight_decay),
+            )
+            groups: list[Group] = [{"params": p, "lr": r, "weight_decay": d} for p, r, d in rates if p]
             yield Phase("spt", groups, epochs, selection=allocation.selection)
         done = True
     finally:
