@@ -123,7 +123,9 @@ def allocate(
     if spend not in ("nearest", "capped"):
         raise ValueError(f"spend={spend!r} is unknown; choose 'nearest' or 'capped'")
     if not (1 <= alpha < math.inf and 1 <= beta < math.inf):
-        raise ValueError(f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the charge would fall with tau")
+        raise ValueError(
+            f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the charge would fall with tau"
+        )
     candidates = weights(model, head)
     used = _used(model, scores, (exclude,) if isinstance(exclude, str) else tuple(exclude), candidates)
     prices = _prices(model, used, kind, rank, alpha, beta)

@@ -192,10 +192,14 @@ W, B, T = "layer.weight", "layer.bias", "table.weight"
 def test_an_allocation_by_hand():
     # alpha = 5: the matrix is structured at 10 / 5 = 2 of its entries. beta = 2: the bias is whole at 3 of its 6.
     scores = ranked(T, W, B, T, W, B, B, T)
-    charged = {1: 1, 2: 2, 3: 3, 4: 4, 5: 3 + 10 - 0, 6: 14, 7: 10 + 6 + 2, 8: 10 + 6 + 3}
+    charged = {1: 1, 2: 2, 3: 3, 4: 4, 5: 3 + 10, 6: 14, 7: 10 + 6 + 2, 8: 10 + 6 + 3}
     for tau, total in charged.items():
         found = allocate(Small(), scores, 10, rank=1, alpha=5, beta=2, taus=[tau, 40])
         assert (found.tau, found.charged) == (tau, total)
+    charged |= {tau: 11 + tau for tau in range(9, 16)}  # the rest of the table; what follows is paid for already
+    for k in range(10, 27):
+        nearest = min(charged.values(), key=lambda total: (abs(total - k), total))
+        assert allocate(Small(), scores, k, rank=1, alpha=5, beta=2).charged == nearest
     assert found.structured == (W,)
     assert found.whole == (B,)
     assert {n: i.tolist() for n, i in found.selection.indices.items()} == {T: [0, 1, 2]}
