@@ -68,14 +68,8 @@ class Delta:
 
     def _tensors(self) -> dict[str, Tensor]:
         small = {f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()}
-        parts = (
-            (POSITIONS, self.positions),
-            (VALUES, self.values),
-            (DENSE, self.dense),
-            (HEAD, self.head),
-            (MODULES, small),
-        )
-        return {prefix + name: t.contiguous() for prefix, part in parts for name, t in part.items()}
+        parts = {POSITIONS: self.positions, VALUES: self.values, DENSE: self.dense, HEAD: self.head, MODULES: small}
+        return {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the delta as safetensors, with a SHA-256 over tensors and metadata; complete or not at all."""

@@ -300,6 +300,24 @@ def test_a_tied_embedding_is_tuned_by_entries_only(make, sensitivity):
     assert found.counts == {"structured": 0, "whole": 0, "unstructured": 60}
 
 
+def test_two_layers_that_share_a_weight_get_no_module():
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 6)})
+    model["b"].weight = model["a"].weight
+    scores = {name: torch.ones(p.shape) for name, p in sl.weights(model).items()}
+    scores["a.weight"] *= 9
+    found = allocate(model, scores, 60, rank=1)
+    assert found.structured == ("c.weight",)
+    assert len(found.selection.indices["a.weight"]) == 36
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+def test_a_table_that_masked_training_refuses_takes_no_part(option):
+    model = nn.Sequential(nn.Embedding(9, 6, **option), nn.Linear(6, 6))
+    found = allocate(model, sl.uniform(model, 0), 20, rank=1)
+    assert found.left_out == ("0.weight",)
+    next(spt(model, found, lr=0.1, epochs=1))
+
+
 def test_excluded_tensors_and_tensors_without_a_score_take_no_part(make, sensitivity):
     model, scores = make("bert"), dict(sensitivity("bert"))
     del scores["bert.pooler.dense.bias"]
