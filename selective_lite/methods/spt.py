@@ -254,7 +254,7 @@ def spt(
     done = False
     try:
         modules = adapter_parameters(model, allocation.structured)
-        heads = {name: p for name, p in head_weights(model, head).items() if name not in modules}
+        heads = head_weights(model, head)
         with masked(model, allocation.selection, dense=(*allocation.whole, *modules, *heads)) as training:
             whole = [model.get_parameter(name) for name in allocation.whole]
             rates = (
