@@ -3,6 +3,7 @@
 Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship* the difference as one small file.
 """
 
+from .adapters import adapters, add_adapters, merge_adapters, remove_adapters
 from .delta import Delta, DeltaError, diff, load
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
 from .ledger import ledger
@@ -30,6 +31,8 @@ __all__ = [
     "HardConcrete",
     "Phase",
     "Selection",
+    "adapters",
+    "add_adapters",
     "constant",
     "dense",
     "deterministic_gate",
@@ -46,10 +49,12 @@ __all__ = [
     "load",
     "magnitude",
     "masked",
+    "merge_adapters",
     "model_loss",
     "movement",
     "open_probability",
     "random_nonzero",
+    "remove_adapters",
     "resolve_budget",
     "rule",
     "select",

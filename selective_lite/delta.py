@@ -18,10 +18,11 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
+from .adapters import KINDS, adapter_parameters, adapters, add_adapters, check_places, part_shapes, remove_adapters
 from .params import head_weights, weights
 
-VERSION = 1
-POSITIONS, VALUES, DENSE, HEAD = "positions/", "values/", "dense/", "head/"
+VERSIONS = (1, 2)  # 2 has small modules; a delta without them is still written as 1
+POSITIONS, VALUES, DENSE, HEAD, MODULES = "positions/", "values/", "dense/", "head/", "modules/"
 
 
 class DeltaError(ValueError):
@@ -30,7 +31,7 @@ class DeltaError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Tuned values at sorted flat positions of a base model's tensors, and whole tensors beside them.
+    """Tuned values at sorted flat positions of a base model's tensors, whole tensors, and small modules beside them.
 
     Attributes
     ----------
@@ -42,7 +43,10 @@ class Delta:
         ``{name: tensor}``, the task head; it is new, and no part of the base's fingerprint.
     metadata
         ``version``, ``method``, ``shapes`` and ``dtypes`` by name, and ``fingerprint``: a SHA-256 of the base's own
-        values wherever the delta replaces them.
+        values wherever the delta replaces them, and of as many of a matrix's values as its small module has. With
+        small modules also ``modules``, ``{weight name: {"kind": "lora" or "adapter", "rank": int}}``.
+    modules
+        ``{weight name: {part: tensor}}``, the small modules of `adapters`; the weights they belong to are the base's.
     """
 
     positions: dict[str, Tensor]
@@ -50,11 +54,12 @@ class Delta:
     dense: dict[str, Tensor]
     head: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """Number of replaced weights outside the head."""
-        return sum(v.numel() for v in self.values.values()) + sum(t.numel() for t in self.dense.values())
+        """Number of replaced weights outside the head, and of the small modules' weights."""
+        return sum(t.numel() for key, t in self._tensors().items() if key.startswith((VALUES, DENSE, MODULES)))
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +67,9 @@ class Delta:
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        parts = ((POSITIONS, self.positions), (VALUES, self.values), (DENSE, self.dense), (HEAD, self.head))
-        return {prefix + name: t.contiguous() for prefix, part in parts for name, t in part.items()}
+        small = {f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()}
+        parts = {POSITIONS: self.positions, VALUES: self.values, DENSE: self.dense, HEAD: self.head, MODULES: small}
+        return {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the delta as safetensors, with a SHA-256 over tensors and metadata; complete or not at all."""
@@ -82,7 +88,7 @@ class Delta:
                 raise
 
     def apply(self, model: nn.Module) -> Applied:
-        """Put the tuned values into a model, in place.
+        """Put the tuned values and the small modules into a model, in place.
 
         Parameters
         ----------
@@ -98,7 +104,7 @@ class Delta:
         ------
         DeltaError
             If a tensor is missing, or has another shape or dtype, or the base's values are not those that the delta
-            was made from. The model is unchanged.
+            was made from, or a layer cannot take its small module. The model is unchanged.
         """
         named = dict(model.named_parameters())
         for name, shape in self.metadata["shapes"].items():
@@ -109,28 +115,52 @@ class Delta:
             if str(named[name].dtype) != self.metadata["dtypes"][name]:
                 wanted = self.metadata["dtypes"][name]
                 raise DeltaError(f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it")
+        self._check_places(model)
         if self._fingerprint(named) != self.metadata["fingerprint"]:
             raise DeltaError(
                 "model's weights are not the base that this delta was made from (or already carry a delta)"
             )
-        return Applied(self, named)
+        return Applied(self, model, named)
+
+    def _check_places(self, model: nn.Module) -> None:
+        try:
+            places = check_places(model, {name: self.metadata["modules"][name]["rank"] for name in self.modules})
+        except ValueError as error:
+            raise DeltaError(f"model cannot take this delta's small modules: {error}") from None
+        for name, (_, d_in, d_out) in places.items():
+            spec = self.metadata["modules"][name]
+            if _shapes(self.modules[name]) != part_shapes(spec["kind"], d_in, d_out, spec["rank"]):
+                raise DeltaError(f"the small module of {name!r} is not for a layer from {d_in} to {d_out} features")
 
     def _fingerprint(self, named: Mapping[str, Tensor]) -> str:
         replaced = {name: _at(named[name], self.positions[name]) for name in self.positions}
         replaced |= {name: named[name].detach() for name in self.dense}
+        for name, parts in self.modules.items():  # not replaced; some of its values, evenly spread, tell the matrix
+            size = named[name].numel()
+            count = min(size, sum(t.numel() for t in parts.values()))
+            replaced[MODULES + name] = _at(named[name], torch.arange(count, device="cpu") * size // count)
         return _digest("", replaced)
 
 
 class Applied:
     """A delta in a model; keeps the k original values, so that `revert` is exact."""
 
-    def __init__(self, delta: Delta, named: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, delta: Delta, model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
         self._whole = {name: named[name] for name in (*delta.dense, *delta.head)}
         self._partly = {name: named[name] for name in delta.positions}
-        self._delta = delta
+        self._delta, self._model, self._reverted = delta, model, False
+        self._modules: dict[str, nn.Module] = {}
+        for name in delta.modules:
+            spec = delta.metadata["modules"][name]
+            self._modules |= add_adapters(model, (name,), kind=spec["kind"], rank=spec["rank"])
         self._original = {name: p.detach().clone() for name, p in self._whole.items()}
         self._original |= {name: _at(p, delta.positions[name]) for name, p in self._partly.items()}
         self._write({**delta.dense, **delta.head, **delta.values})
+
+        with torch.no_grad():
+            for name, module in self._modules.items():
+                for part, p in module.named_parameters():
+                    p.copy_(delta.modules[name][part])
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
@@ -148,15 +178,23 @@ class Applied:
         DeltaError
             If the delta's values are no longer in the model: something else was applied on top, or it was trained.
         """
-        if not self._original:
+        if self._reverted:
             return
-        delta = self._delta
+        delta, found = self._delta, adapters(self._model)
+        for name, module in self._modules.items():
+            if found.get(name) is not module:
+                raise DeltaError(
+                    f"{name!r} no longer has this delta's small module; put it back, or load the base anew"
+                )
+            for part, p in module.named_parameters():
+                _expect(f"{name}/{part}", p, delta.modules[name][part])
         for name, value in (*delta.dense.items(), *delta.head.items()):
             _expect(name, self._whole[name].detach(), value)
         for name, value in delta.values.items():
             _expect(name, _at(self._partly[name], delta.positions[name]), value)
+        remove_adapters(self._model, list(self._modules))
         self._write(self._original)
-        self._original = {}
+        self._original, self._reverted = {}, True
 
     def __enter__(self) -> Applied:
         return self
@@ -173,7 +211,7 @@ def _expect(name: str, found: Tensor, value: Tensor) -> None:
 def diff(
     base: nn.Module | Mapping[str, Tensor], tuned: nn.Module, *, head: Sequence[str] | None = None, method: str = ""
 ) -> Delta:
-    """The delta from a base to a tuned model: every weight whose bits differ.
+    """The delta from a base to a tuned model: every weight whose bits differ, and the small modules it has.
 
     Parameters
     ----------
@@ -189,10 +227,21 @@ def diff(
     Raises
     ------
     ValueError
-        If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs.
+        If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs, or the base has small
+        modules of its own.
     """
     before = dict(base.named_parameters()) if isinstance(base, nn.Module) else dict(base)
-    candidates, heads = weights(tuned, head), head_weights(tuned, head)
+    small = {
+        n: {part: p.detach().cpu().clone() for part, p in m.named_parameters()} for n, m in adapters(tuned).items()
+    }
+    own = adapter_parameters(tuned)
+    if (isinstance(base, nn.Module) and adapters(base)) or any(name in before for name in own):
+        raise ValueError("base has small modules; merge or remove them, so that it is an ordinary model")
+    for name, parts in small.items():
+        if any(tensor.dtype != tuned.get_parameter(name).dtype for tensor in parts.values()):
+            raise ValueError(f"tuned has a small module of another dtype than {name!r}; convert the whole model")
+    candidates = {name: p for name, p in weights(tuned, head).items() if name not in own}
+    heads = {name: p for name, p in head_weights(tuned, head).items() if name not in own}
     positions, values, dense = {}, {}, {}
     for name, after in candidates.items():
         if name not in before or before[name].shape != after.shape or before[name].dtype != after.dtype:
@@ -204,21 +253,23 @@ def diff(
         elif len(changed):
             positions[name] = changed.to(torch.int32 if flat.numel() < 2**31 else torch.int64)
             values[name] = flat[changed].clone()
-    if not (values or dense or heads):
+    if not (values or dense or heads or small):
         raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
-    stored = {**{name: candidates[name] for name in (*positions, *dense)}, **heads}
+    stored = {name: {**candidates, **heads}[name] for name in (*positions, *dense, *heads, *small)}
     delta = Delta(
         positions,
         values,
         dense,
         {name: p.detach().cpu().clone() for name, p in heads.items()},
         {
-            "version": VERSION,
+            "version": 2 if small else 1,
             "method": method,
             "total": sum(p.numel() for p in candidates.values()),
             "shapes": {name: list(p.shape) for name, p in stored.items()},
             "dtypes": {name: str(p.dtype) for name, p in stored.items()},
+            **({"modules": {n: {"kind": m.kind, "rank": m.rank} for n, m in adapters(tuned).items()}} if small else {}),
         },
+        small,
     )
     delta.metadata["fingerprint"] = delta._fingerprint(before)
     return delta
@@ -243,15 +294,19 @@ def load(path: str | os.PathLike) -> Delta:
         raise DeltaError(f"{path} is no delta file, or a damaged one: {error}") from None
     if _digest(header["selective_lite"], tensors) != header.get("sha256"):
         raise DeltaError(f"{path} is damaged: its SHA-256 is not the one it was saved with")
-    if metadata.get("version") != VERSION:
-        raise DeltaError(f"{path} has format version {metadata.get('version')}, this library reads {VERSION}")
-    delta = Delta({}, {}, {}, {}, metadata)
+    if metadata.get("version") not in VERSIONS:
+        raise DeltaError(f"{path} has format version {metadata.get('version')}, this library reads {VERSIONS}")
+    delta, small = Delta({}, {}, {}, {}, metadata), dict[str, Tensor]()
     parts = {POSITIONS: delta.positions, VALUES: delta.values, DENSE: delta.dense, HEAD: delta.head}
+    parts |= {MODULES: small} if metadata["version"] == 2 else {}
     for key, tensor in tensors.items():
         prefix = next((p for p in parts if key.startswith(p)), None)
         if prefix is None:
             raise DeltaError(f"{path} holds an unknown tensor {key!r}")
         parts[prefix][key.removeprefix(prefix)] = tensor
+    for key, tensor in small.items():
+        name, _, part = key.rpartition("/")
+        delta.modules.setdefault(name, {})[part] = tensor
     try:
         _check(delta)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -262,11 +317,15 @@ def load(path: str | os.PathLike) -> Delta:
 def _check(delta: Delta) -> None:
     shapes, dtypes = delta.metadata["shapes"], delta.metadata["dtypes"]
     stored = [*delta.values, *delta.dense, *delta.head]
-    if set(delta.positions) != set(delta.values) or len(set(stored)) != len(stored) or set(stored) != set(shapes):
+    if (
+        set(delta.positions) != set(delta.values)
+        or len(set(stored)) != len(stored)
+        or {*stored, *delta.modules} != set(shapes)
+    ):
         raise DeltaError("delta's tensors and its metadata do not name the same parameters")
     if not isinstance(delta.metadata["fingerprint"], str):
         raise DeltaError("delta has no fingerprint of its base")
-    for name in stored:
+    for name in shapes:
         if not all(isinstance(size, int) and size >= 0 for size in shapes[name]):
             raise DeltaError(f"delta's shape of {name!r} is {shapes[name]}")
     for name, values in delta.values.items():
@@ -278,9 +337,30 @@ def _check(delta: Delta) -> None:
     for name, tensor in (*delta.dense.items(), *delta.head.items()):
         if list(tensor.shape) != shapes[name]:
             raise DeltaError(f"delta's {name!r} has shape {list(tensor.shape)}, its metadata say {shapes[name]}")
-    for name, tensor in (*delta.values.items(), *delta.dense.items(), *delta.head.items()):
+    small = ((name, tensor) for name, parts in delta.modules.items() for tensor in parts.values())
+    for name, tensor in (*delta.values.items(), *delta.dense.items(), *delta.head.items(), *small):
         if str(tensor.dtype) != dtypes[name] or not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}, its metadata say {dtypes[name]}")
+    _check_modules(delta)
+
+
+def _check_modules(delta: Delta) -> None:
+    """A small module has the parts that its kind and rank say, for a matrix of this shape or its transpose."""
+    specs, shapes = delta.metadata["modules"] if delta.metadata["version"] == 2 else {}, delta.metadata["shapes"]
+    if set(specs) != set(delta.modules):
+        raise DeltaError("delta's small modules and its metadata do not name the same parameters")
+    for name, spec in specs.items():
+        kind, rank, shape = spec["kind"], spec["rank"], shapes[name]
+        fits = kind in KINDS and type(rank) is int and len(shape) == 2 and 1 <= rank <= min(shape)
+        if not fits or _shapes(delta.modules[name]) not in (
+            part_shapes(kind, shape[1], shape[0], rank),
+            part_shapes(kind, shape[0], shape[1], rank),
+        ):
+            raise DeltaError(f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}")
+
+
+def _shapes(parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {part: tuple(tensor.shape) for part, tensor in parts.items()}
 
 
 def _at(tensor: Tensor, positions: Tensor) -> Tensor:

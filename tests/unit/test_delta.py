@@ -389,3 +389,351 @@ def test_the_checksum_covers_metadata_and_tensors(path):
         digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
         digest.update(bits(tensors[name]))
     assert header["sha256"] == digest.hexdigest()
+
+
+# Small modules
+
+
+class Two(nn.Module):
+    """A square and an oblong linear layer, no head."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.oblong, self.table = nn.Linear(4, 4), nn.Linear(4, 6), nn.Embedding(6, 4)
+
+    def forward(self, x):
+        return self.oblong(torch.tanh(self.square(x)))
+
+
+def two(seed=0):
+    torch.manual_seed(seed)
+    return Two()
+
+
+def with_modules(**ranks):
+    """`two()` with trained small modules: a LoRA in the oblong layer, an Adapter in the square one."""
+    model = two()
+    sl.add_adapters(model, "square.weight", kind="adapter", rank=ranks.get("square", 2))
+    sl.add_adapters(model, "oblong.weight", kind="lora", rank=ranks.get("oblong", 3))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in sl.adapters(model).values():
+            for p in module.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def modules_path(tmp_path):
+    path = tmp_path / "modules.safetensors"
+    sl.diff(two(), with_modules(), method="spt").save(path)
+    return path
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+def test_a_delta_of_modules_alone_comes_and_goes(modules_path):
+    base, tuned, x = two(), with_modules(), torch.randn(3, 4)
+    before, kinds = all_bits(base), classes(base)
+    delta = sl.load(modules_path)
+    assert (delta.positions, delta.values, delta.dense, delta.head) == ({}, {}, {}, {})
+    assert delta.metadata["modules"] == {
+        "square.weight": {"kind": "adapter", "rank": 2},
+        "oblong.weight": {"kind": "lora", "rank": 3},
+    }
+    assert delta.count == (2 * 2 * 4 + 2 + 4) + 3 * (4 + 6)
+    assert delta.nbytes == 4 * delta.count
+    with delta.apply(base) as applied:
+        assert all_bits(base) == all_bits(tuned)
+        assert torch.equal(base(x), tuned(x))
+    assert all_bits(base) == before
+    assert classes(base) == kinds
+    applied.revert()
+    assert all_bits(base) == before
+
+
+def test_a_delta_without_modules_is_written_as_before(tuned):
+    delta = sl.diff(*tuned)
+    assert delta.metadata["version"] == 1
+    assert "modules" not in delta.metadata
+    assert delta.modules == {}
+
+
+def test_the_modules_of_a_delta_are_copies():
+    tuned = with_modules()
+    delta, kept, base, fresh = sl.diff(two(), tuned), all_bits(tuned), two(), two()
+
+    def train(model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+
+    train(tuned)
+    delta.apply(base)
+    assert all_bits(base) == kept
+    train(base)
+    with delta.apply(fresh):
+        assert all_bits(fresh) == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modules_travel_in_the_dtype_of_their_weight(tmp_path, dtype):
+    base, tuned = two().to(dtype), with_modules().to(dtype)
+    sl.diff(base, tuned).save(tmp_path / "delta")
+    with sl.load(tmp_path / "delta").apply(base):
+        assert all_bits(base) == all_bits(tuned)
+
+
+def test_deltas_with_modules_in_other_layers_are_stacked_and_revert_in_order():
+    base = two()
+    one, other = with_modules(), with_modules()
+    sl.remove_adapters(one, "square.weight")
+    sl.remove_adapters(other, "oblong.weight")
+    with torch.no_grad():
+        one.table.weight[0, 0] += 1
+        other.table.weight[0, 0] += 1
+        other.table.weight[1, 1] += 1
+    before = all_bits(base)
+    first = sl.diff(base, one).apply(base)
+    shift = two()
+    with torch.no_grad():
+        shift.table.weight[0, 0] += 1
+    second = sl.diff(shift, other).apply(base)
+    assert set(sl.adapters(base)) == {"square.weight", "oblong.weight"}
+    second.revert()
+    assert set(sl.adapters(base)) == {"oblong.weight"}
+    first.revert()
+    assert all_bits(base) == before
+
+
+def _trained(model):
+    with torch.no_grad():
+        sl.adapters(model)["oblong.weight"].B[1, 1] += 1
+
+
+def _replaced(model):
+    sl.remove_adapters(model, "oblong.weight")
+    sl.add_adapters(model, "oblong.weight", rank=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_trained, "'oblong.weight/B' no longer holds this delta's values"),
+        (_replaced, "'oblong.weight' no longer has this delta's small module"),
+        (lambda model: sl.merge_adapters(model, "oblong.weight"), "'oblong.weight' no longer has this delta's small"),
+        (lambda model: sl.masked(model, _one_bias()), "'oblong.weight' is in masked training"),
+    ],
+)
+def test_modules_that_were_changed_are_not_reverted_and_neither_is_the_rest(change, message):
+    tuned, base = with_modules(), two()
+    with torch.no_grad():
+        tuned.table.weight[0, 0] += 1
+    applied = sl.diff(base, tuned).apply(base)
+    change(base)
+    before, kinds = all_bits(base), classes(base)
+    with pytest.raises(ValueError, match=message):
+        applied.revert()
+    assert all_bits(base) == before
+    assert classes(base) == kinds
+
+
+def _one_bias():
+    return sl.Selection({"oblong.bias": torch.tensor([1])}, {"oblong.bias": (6,)})
+
+
+def _other_matrix(model):
+    with torch.no_grad():
+        model.oblong.weight.copy_(two(seed=1).oblong.weight)
+
+
+def _gone(model):
+    model.last = model.oblong
+    del model.oblong
+
+
+def _subclass(model):
+    class Scaled(nn.Linear):
+        pass
+
+    model.oblong.__class__ = Scaled
+
+
+def _conv1d_oblong(model):
+    from transformers.pytorch_utils import Conv1D
+
+    weight = model.oblong.weight
+    model.oblong = Conv1D(4, 6)
+    model.oblong.weight = weight
+
+
+def _tied(model):
+    model.table.weight = model.oblong.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_matrix, "not the base that this delta was made from"),
+        (_gone, "model has no parameter 'oblong.weight'"),
+        (lambda model: setattr(model, "oblong", nn.Linear(6, 4)), r"'oblong.weight' has shape \[4, 6\]"),
+        (lambda model: model.double(), "'oblong.weight' is torch.float64"),
+        (_subclass, "cannot take this delta's small modules: 'oblong.weight' belongs to a Scaled"),
+        (_tied, "cannot take this delta's small modules: 'oblong.weight' is tied"),
+        (_conv1d_oblong, "the small module of 'oblong.weight' is not for a layer from 6 to 4 features"),
+        (
+            lambda model: sl.add_adapters(model, "oblong.weight", rank=1),
+            "cannot take this delta's small modules: the layer of 'oblong.weight' has a small module already",
+        ),
+        (
+            lambda model: sl.masked(model, _one_bias()),
+            "cannot take this delta's small modules: the layer of 'oblong.weight' is in masked training",
+        ),
+    ],
+)
+def test_a_model_that_cannot_take_the_modules_raises_and_is_as_it_was(modules_path, change, message):
+    model = two()
+    change(model)
+    before, kinds = all_bits(model), classes(model)
+    with pytest.raises(sl.DeltaError, match=message):
+        sl.load(modules_path).apply(model)
+    assert all_bits(model) == before
+    assert classes(model) == kinds
+
+
+def test_the_same_delta_does_not_go_in_twice(modules_path):
+    base, delta = two(), sl.load(modules_path)
+    delta.apply(base)
+    before = all_bits(base)
+    with pytest.raises(sl.DeltaError, match="has a small module already"):
+        delta.apply(base)
+    assert all_bits(base) == before
+
+
+def test_a_base_with_modules_or_modules_of_another_dtype_make_no_delta():
+    tuned = with_modules()
+    for base in (with_modules(), sl.snapshot(with_modules())):
+        with pytest.raises(ValueError, match="base has small modules; merge or remove them"):
+            sl.diff(base, tuned)
+    with pytest.raises(ValueError, match="base has small modules"):
+        sl.diff(with_modules(), shifted_two())
+    sl.adapters(tuned)["square.weight"].double()
+    with pytest.raises(ValueError, match=r"another dtype than 'square\.weight'; convert"):
+        sl.diff(two(), tuned)
+
+
+def shifted_two():
+    model = two()
+    with torch.no_grad():
+        model.table.weight[0, 0] += 1
+    return model
+
+
+def specs(**changes):
+    found = {"square.weight": {"kind": "adapter", "rank": 2}, "oblong.weight": {"kind": "lora", "rank": 3}}
+    return {"modules": {**found, **{name.replace("_", "."): spec for name, spec in changes.items()}}}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"version": 1},
+        {"version": 3},
+        {"version": "2"},
+        {"modules": None},
+        {"modules": []},
+        {"modules": {}},
+        {"modules": 2},
+        {"modules": ["square.weight", "oblong.weight"]},
+        {"modules": {"square.weight": {"kind": "adapter", "rank": 2}}},
+        specs(table_weight={"kind": "lora", "rank": 1}),
+        specs(oblong_weight={"kind": "adapter", "rank": 3}),
+        specs(oblong_weight={"kind": "dora", "rank": 3}),
+        specs(oblong_weight={"kind": ["lora"], "rank": 3}),
+        specs(oblong_weight={"kind": "lora"}),
+        specs(oblong_weight={"rank": 3}),
+        specs(oblong_weight=["lora", 3]),
+        specs(oblong_weight=None),
+        specs(square_weight={"kind": "adapter", "rank": 2.0}),
+        *(
+            specs(oblong_weight={"kind": "lora", "rank": r})
+            for r in (0, -3, 2, 4, 5, 10**30, 3.0, "3", True, None, [3])
+        ),
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": [6, 5]}},
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": [24]}},
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": [6, 4, 1]}},
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": [6, -4]}},
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": None}},
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": {}}},
+        {"shapes": {"square.weight": [4, 4]}},
+        {"dtypes": {"square.weight": "torch.float32", "oblong.weight": "torch.float64"}},
+        {"dtypes": {"square.weight": "torch.float32"}},
+    ],
+    ids=json.dumps,
+)
+def test_hostile_metadata_of_modules_are_refused(modules_path, metadata):
+    with pytest.raises(sl.DeltaError):
+        sl.load(forged(modules_path, metadata=metadata))
+
+
+LORA = "modules/oblong.weight/"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"remove": [LORA + "B"]}, "is no 'lora' of rank 3 for shape"),
+        ({"remove": [LORA + "A", LORA + "B"]}, "small modules and its metadata|do not name the same"),
+        ({"tensors": {LORA + "C": torch.zeros(1)}}, "is no 'lora' of rank 3"),
+        ({"tensors": {LORA + "A": torch.zeros(4, 3)}}, "is no 'lora' of rank 3"),
+        ({"tensors": {LORA + "A": torch.zeros(3, 6), LORA + "B": torch.zeros(6, 3)}}, "is no 'lora' of rank 3"),
+        ({"tensors": {LORA + "A": torch.zeros(3, 4, 1)}}, "is no 'lora' of rank 3"),
+        ({"tensors": {LORA + "A": torch.zeros(3, 4).double()}}, "'oblong.weight' is torch.float64"),
+        ({"tensors": {LORA + "A": torch.zeros(3, 4).int()}}, "'oblong.weight' is torch.int32"),
+        ({"tensors": {"modules/A": torch.zeros(1)}}, "do not name the same"),
+        ({"tensors": {"modules/oblong.weight/x/A": torch.zeros(1)}}, "do not name the same"),
+        ({"tensors": {"modules/table.weight/A": torch.zeros(1, 4)}}, "do not name the same"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(key for part in value.values() for key in part),
+)
+def test_hostile_modules_are_refused(modules_path, change, message):
+    with pytest.raises(sl.DeltaError, match=message):
+        sl.load(forged(modules_path, **change))
+
+
+def test_modules_in_a_file_of_the_first_version_are_an_unknown_tensor(modules_path):
+    with pytest.raises(sl.DeltaError, match="holds an unknown tensor 'modules/"):
+        sl.load(forged(modules_path, metadata={"version": 1}))
+
+
+def test_modules_named_in_a_file_that_has_none_are_not_applied(path, tuned):
+    # The first version knows no modules: what its metadata say of them has no meaning.
+    base, model = tuned
+    delta = sl.load(forged(path, metadata={"modules": {NAME: {"kind": "lora", "rank": 1}}}))
+    with delta.apply(base):
+        assert all_bits(base) == all_bits(model)
+    with pytest.raises(sl.DeltaError, match="do not name the same"):
+        sl.load(forged(path, metadata={"version": 2, "modules": {NAME: {"kind": "lora", "rank": 1}}}))
+
+
+def test_a_forged_file_of_modules_that_fits_loads_and_applies(modules_path):
+    # The forgeries above fail for what they forge. A transposed layer's module fits by file and fails by model.
+    assert sl.load(forged(modules_path, metadata={"method": "forged"})).metadata["method"] == "forged"
+    turned = {LORA + "A": torch.zeros(3, 6), LORA + "B": torch.zeros(4, 3)}
+    delta = sl.load(forged(modules_path, tensors=turned))
+    base = two()
+    before, kinds = all_bits(base), classes(base)
+    with pytest.raises(sl.DeltaError, match="not for a layer from 4 to 6 features"):
+        delta.apply(base)
+    assert all_bits(base) == before
+    assert classes(base) == kinds
+
+
+def test_one_flipped_byte_of_a_module_is_noticed(modules_path):
+    content = modules_path.read_bytes()
+    for place in range(8 + header_length(content), len(content), 7):
+        modules_path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(sl.DeltaError, match="damaged"):
+            sl.load(modules_path)

@@ -1,0 +1,263 @@
+"""Small modules beside a frozen matrix: LoRA (Hu et al. 2022) and the bottleneck Adapter (Houlsby et al. 2019).
+
+A module sits inside the ``nn.Linear`` (or Hugging Face ``Conv1D``) that it belongs to, whose class changes: no hook to
+lose in a `deepcopy`, and the layer's own weight and bias keep their names. A new module changes nothing: it starts as
+zero. LoRA can be merged into the weight; either kind can be taken out again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .masked import SUFFIX
+from .params import owners
+
+Kind = Literal["lora", "adapter"]
+KINDS = ("lora", "adapter")
+
+
+def part_shapes(kind: Kind, d_in: int, d_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a small module, ``{part: shape}``, for a layer from `d_in` to `d_out` features.
+
+    Raises
+    ------
+    ValueError
+        If `kind` is neither ``"lora"`` nor ``"adapter"``.
+    """
+    if kind == "lora":
+        return {"A": (rank, d_in), "B": (d_out, rank)}
+    if kind != "adapter":
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
+    return {"down": (rank, d_out), "down_bias": (rank,), "up": (d_out, rank), "up_bias": (d_out,)}
+
+
+def charge(kind: Kind, d_in: int, d_out: int, rank: int) -> int:
+    """How many weights a small module trains: r (d_in + d_out) for LoRA, 2 r d_out + r + d_out for an Adapter."""
+    return sum(prod(shape) for shape in part_shapes(kind, d_in, d_out, rank).values())
+
+
+class LoRA(nn.Module):
+    """A low-rank difference B A to a weight: A is uniform in +-1 / sqrt(d_in), B is zero.
+
+    Parameters
+    ----------
+    d_in, d_out
+        Features in and out of the layer.
+    rank
+        r, the rows of A (r, d_in) and the columns of B (d_out, r).
+    generator
+        A CPU generator that draws A.
+    like
+        A tensor whose dtype and device the weights get.
+    """
+
+    kind: Kind = "lora"
+
+    def __init__(self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor) -> None:
+        super().__init__()
+        self.rank = rank
+        self.A = nn.Parameter(_uniform((rank, d_in), generator, like))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output y (..., d_out) with the difference's share of its input x (..., d_in) added."""
+        # (eq-lora)  y = W x + b + B A x
+        return y + functional.linear(functional.linear(x, self.A), self.B)
+
+    def difference(self) -> Tensor:
+        """B A, (d_out, d_in), in float32 or float64."""
+        precise = torch.promote_types(self.A.dtype, torch.float32)
+        return self.B.detach().to(precise) @ self.A.detach().to(precise)
+
+
+class Adapter(nn.Module):
+    """A bottleneck of width r behind a layer: down uniform in +-1 / sqrt(d_out), up and biases zero. As `LoRA`."""
+
+    kind: Kind = "adapter"
+
+    def __init__(self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor) -> None:
+        super().__init__()
+        self.rank = rank
+        self.down = nn.Parameter(_uniform((rank, d_out), generator, like))
+        self.down_bias = nn.Parameter(torch.zeros(rank, dtype=like.dtype, device=like.device))
+        self.up = nn.Parameter(torch.zeros(d_out, rank, dtype=like.dtype, device=like.device))
+        self.up_bias = nn.Parameter(torch.zeros(d_out, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output y (..., d_out) and what the bottleneck makes of it; x is not used."""
+        # (eq-adapter)  y' = y + U gelu(D y + d) + u
+        hidden = functional.gelu(functional.linear(y, self.down, self.down_bias))
+        return y + functional.linear(hidden, self.up, self.up_bias)
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator, like: Tensor) -> Tensor:
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return ((2 * drawn - 1) / math.sqrt(shape[1])).to(like.device, like.dtype)
+
+
+def linear_sizes(module: Any) -> tuple[int, int] | None:
+    """(d_in, d_out) of exactly an ``nn.Linear`` or Hugging Face ``Conv1D``; None for every other module."""
+    cls = type(module)
+    if cls is nn.Linear:
+        return module.in_features, module.out_features
+    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def check_places(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[Any, int, int]]:
+    """Where small modules of these ranks can go, ``{weight name: (layer, d_in, d_out)}``; raises as `add_adapters`."""
+    places = owners(model)
+    found: dict[str, tuple[Any, int, int]] = {}
+    for name, rank in ranks.items():
+        if name not in places:
+            raise ValueError(f"names holds {name!r}, which is no parameter of this model (or a tied one's second name)")
+        if len(places[name]) > 1:
+            raise ValueError(f"{name!r} is tied: it belongs to {len(places[name])} layers; adapt an untied one")
+        layer: Any
+        ((layer, attribute),) = places[name]
+        if hasattr(type(layer), "adapter_base"):
+            raise ValueError(f"the layer of {name!r} has a small module already; merge or remove that first")
+        if any(parameter.endswith(SUFFIX) for parameter in layer._parameters):
+            raise ValueError(f"the layer of {name!r} is in masked training; leave that, and add small modules first")
+        sizes = linear_sizes(layer)
+        if attribute != "weight" or sizes is None or not layer.weight.is_floating_point():
+            raise ValueError(
+                f"{name!r} belongs to a {type(layer).__name__}; only floating-point weights of nn.Linear and Conv1D "
+                "can have a small module"
+            )
+        if "forward" in vars(layer):
+            raise ValueError(f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(sizes):
+            raise ValueError(f"rank={rank!r} does not fit {name!r}; give an int from 1 to {min(sizes)}")
+        found[name] = (layer, *sizes)
+    return found
+
+
+def add_adapters(
+    model: nn.Module, names: Sequence[str], *, kind: Kind = "lora", rank: int = 8, seed: int = 0
+) -> dict[str, LoRA | Adapter]:
+    """Put a small module into the layers of these weights; the model computes what it did until they are trained.
+
+    Parameters
+    ----------
+    model
+        Changed in place: a layer gets a child module ``adapter``, its weight and bias keep their names.
+    names
+        Of weights of ``nn.Linear`` or Hugging Face's ``Conv1D``, such as ``"encoder.0.query.weight"``.
+    kind
+        ``"lora"``, or ``"adapter"``, the bottleneck.
+    rank
+        r; the module gets the weight's dtype and device.
+    seed
+        Of the CPU generator that draws what does not start at zero.
+
+    Returns
+    -------
+    dict
+        ``{weight name: module}``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind or name, a tied weight, a rank outside [1, min(d_in, d_out)], another layer than those
+        two, or one that has a small module or is in masked training. The model is unchanged.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
+    places = check_places(model, dict.fromkeys((names,) if isinstance(names, str) else names, rank))
+    generator = torch.Generator().manual_seed(seed)
+    make = LoRA if kind == "lora" else Adapter
+    for layer, d_in, d_out in places.values():
+        module = make(d_in, d_out, rank, generator=generator, like=layer.weight)
+        layer.adapter = module.train(layer.training)
+        layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]
+    return {name: layer.adapter for name, (layer, _, _) in places.items()}
+
+
+@cache
+def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` with a small module behind its forward. A class, unlike a hook, survives `deepcopy`."""
+    members = {
+        "adapter_base": cls,
+        "__module__": cls.__module__,
+        "forward": lambda layer, x: layer.adapter(x, cls.forward(layer, x)),
+    }
+    return type("Adapted" + cls.__name__, (cls,), members)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    layers = ((path, m) for path, m in model.named_modules() if hasattr(type(m), "adapter_base"))
+    return {f"{path}.weight".removeprefix("."): layer for path, layer in layers}
+
+
+def adapters(model: nn.Module) -> dict[str, LoRA | Adapter]:
+    """The small modules that a model has, ``{weight name: module}``, in model order."""
+    return {name: layer.adapter for name, layer in _layers(model).items()}
+
+
+def adapter_parameters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The weights of small modules, by their names in the model, such as ``"encoder.0.query.adapter.A"``.
+
+    `names` of the layers' weights, default all; a name without a small module has no entry.
+    """
+    found = (
+        (n.removesuffix("weight") + "adapter.", m) for n, m in adapters(model).items() if names is None or n in names
+    )
+    return {prefix + part: p for prefix, module in found for part, p in module.named_parameters()}
+
+
+def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Any]:
+    layers = _layers(model)
+    names = list(layers) if names is None else (names,) if isinstance(names, str) else names
+    for name in names:
+        if name not in layers:
+            raise ValueError(f"names holds {name!r}, which has no small module; print(list(adapters(model)))")
+        if "adapter_base" not in vars(type(layers[name])):
+            raise ValueError(f"the layer of {name!r} is in masked training; leave that first")
+    return {name: layers[name] for name in names}
+
+
+def remove_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
+    """Take small modules out, and with them what they learned; `names` of weights, default all.
+
+    Raises
+    ------
+    ValueError
+        If a name has no small module, or its layer is in masked training. The model is unchanged.
+    """
+    for layer in _chosen(model, names).values():
+        del layer.adapter
+        layer.__class__ = type(layer).adapter_base
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
+    """Add every LoRA's difference to its weight and take the module out: W <- W + B A; `names` as `remove_adapters`.
+
+    The sum is rounded to the weight's dtype: this cannot be undone to the bit.
+
+    Raises
+    ------
+    ValueError
+        As `remove_adapters`, and for a bottleneck Adapter, which is no difference of a weight. The model is unchanged.
+    """
+    layers = _chosen(model, names)
+    for name, layer in layers.items():
+        if not isinstance(layer.adapter, LoRA):
+            raise ValueError(f"the small module of {name!r} is a bottleneck Adapter, which cannot be merged; keep it")
+    for layer in layers.values():
+        difference = layer.adapter.difference()
+        weight = layer.weight
+        oriented = difference if issubclass(type(layer), nn.Linear) else difference.t()  # Conv1D holds W^T
+        # (eq-merge)  W <- W + B A
+        weight.copy_(weight.to(difference.dtype) + oriented)
+    remove_adapters(model, list(layers))

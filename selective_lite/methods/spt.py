@@ -1,0 +1,272 @@
+"""SPT, sensitivity-aware parameter-efficient tuning (He et al. 2023, ICCV): spend a budget where the loss is sensitive.
+
+A weight's sensitivity is its squared gradient, summed over some hundred samples (`squared_gradient`). Take the tau most
+sensitive weights. A matrix that has many of them gets a small module, LoRA or a bottleneck Adapter (*structured*); a
+vector that has many is tuned whole; what is left is tuned weight by weight (*unstructured*). All of it is charged, and
+tau is the one at which the charge meets the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import (
+    Kind,
+    adapter_parameters,
+    add_adapters,
+    charge,
+    check_places,
+    linear_sizes,
+    merge_adapters,
+    remove_adapters,
+)
+from ..masked import masked
+from ..params import check_names, head_weights, owners, resolve_budget, starts_with, weights
+from ..scores import check_scores
+from ..select import Selection, select
+from ..train import Group, Phase
+from .sweep import tau_for
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """What a budget is spent on.
+
+    Attributes
+    ----------
+    structured
+        Names of the matrices that get a small module; their own weights stay frozen.
+    whole
+        Names of the vectors that are tuned whole.
+    selection
+        The weights that are tuned one by one, in all other tensors.
+    kind, rank
+        Of every small module.
+    tau
+        How many of the most sensitive weights were looked at.
+    counts
+        Trained weights: ``{"structured": int, "whole": int, "unstructured": int}``.
+    left_out
+        Names of the tensors that took no part: excluded, or without a way to be trained in part.
+    """
+
+    structured: tuple[str, ...]
+    whole: tuple[str, ...]
+    selection: Selection
+    kind: Kind
+    rank: int
+    tau: int
+    counts: dict[str, int]
+    left_out: tuple[str, ...]
+
+    @property
+    def charged(self) -> int:
+        """The number of weights that are trained, beside the head."""
+        return sum(self.counts.values())
+
+
+def allocate(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    budget: int | float,
+    *,
+    kind: Kind = "lora",
+    rank: int = 8,
+    alpha: float = 10.0,
+    beta: float = 5.0,
+    spend: Literal["nearest", "capped"] = "nearest",
+    taus: Sequence[int] | None = None,
+    exclude: Sequence[str] = (),
+    head: Sequence[str] | None = None,
+) -> Allocation:
+    """Spend a budget on small modules, whole vectors and single weights: a pure function of scores and architecture.
+
+    Only weights of ``nn.Linear`` and Hugging Face's ``Conv1D`` become structured; tensors of at most one dimension are
+    vectors; these matrices and ``nn.Embedding`` tables may be tuned weight by weight. The sweep over tau (`sweep`) is
+    linear in the number of scores.
+
+    Parameters
+    ----------
+    model
+        Only its modules' types and its tensors' shapes are read.
+    scores
+        ``{name: sensitivity}``, such as `squared_gradient` gives; tensors without a score take no part.
+    budget
+        Trained weights beside the head, a count or a fraction of all candidates; see `resolve_budget`.
+    kind, rank
+        ``"lora"`` or ``"adapter"``, and r >= 1; a small budget needs a low rank.
+    alpha
+        A matrix becomes structured at charge / alpha sensitive weights, alpha >= 1 (authors' code: 10).
+    beta
+        A vector is tuned whole at length / beta sensitive weights, beta >= 1 (authors' code: 5).
+    spend
+        The charge ``"nearest"`` to the budget (authors' code; it may exceed it), or the largest within it.
+    taus
+        The values of tau to choose from, increasing (authors' code: 20,000 to 1.58 million by 20,000); default: all.
+    exclude
+        Names or prefixes of tensors that take no part.
+    head
+        As in `weights`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a bad option, budget, name, shape or rank; scores that are all zero or not finite; a budget below the
+        charge of the smallest module, or above what can be spent.
+    """
+    if spend not in ("nearest", "capped"):
+        raise ValueError(f"spend={spend!r} is unknown; choose 'nearest' or 'capped'")
+    if not (1 <= alpha < math.inf and 1 <= beta < math.inf):
+        raise ValueError(
+            f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the charge would fall with tau"
+        )
+    candidates = weights(model, head)
+    used = _used(model, scores, (exclude,) if isinstance(exclude, str) else tuple(exclude), candidates)
+    prices = _prices(model, used, kind, rank, alpha, beta)
+    k = resolve_budget(budget, sum(p.numel() for p in candidates.values()))
+    least = min((price for name, (_, price) in prices.items() if used[name].dim() == 2), default=0)
+    if k < least:
+        raise ValueError(
+            f"budget={budget} is {k} weights, below {least}, the charge of the smallest module at rank={rank}; raise "
+            "the budget, lower the rank, or use select for single weights"
+        )
+
+    def cost(name: str, count: Tensor) -> Tensor:
+        # (eq-spt-charge)  charge(tau) = charges of modules + lengths of whole vectors + all other sensitive weights
+        enough, price = prices.get(name, (0, 0))
+        return torch.where(count >= enough, price, count) if price else count
+
+    tau = tau_for(used, cost, k, taus=taus, capped=spend == "capped")
+    sensitive = select(used, tau)
+    bought = [n for n, count in sensitive.per_tensor().items() if n in prices and count >= prices[n][0]]
+    structured, whole = (tuple(n for n in bought if (used[n].dim() == 2) == matrix) for matrix in (True, False))
+    selection = Selection({n: i for n, i in sensitive.indices.items() if n not in bought}, sensitive.shapes)
+    counts = {
+        "structured": sum(prices[name][1] for name in structured),
+        "whole": sum(prices[name][1] for name in whole),
+        "unstructured": selection.count,
+    }
+    left_out = tuple(name for name in candidates if name not in used)
+    return Allocation(structured, whole, selection, kind, rank, tau, counts, left_out)
+
+
+def _prices(
+    model: nn.Module, used: Mapping[str, Tensor], kind: Kind, rank: int, alpha: float, beta: float
+) -> dict[str, tuple[int, int]]:
+    """How many sensitive weights a matrix or vector must have to be bought as one, and what it then costs."""
+    places, prices = owners(model), {}
+    # A linear layer's weight may get a small module, if it is not tied to another.
+    linear = [n for n, s in used.items() if s.dim() == 2 and len(places[n]) == 1 and linear_sizes(places[n][0][0])]
+    for name, (_, d_in, d_out) in check_places(model, dict.fromkeys(linear, rank)).items():
+        price = charge(kind, d_in, d_out, rank)
+        # (eq-spt-structured)  a matrix gets a small module where its sensitive weights number >= charge / alpha
+        prices[name] = math.ceil(price / alpha), price
+    for name, score in used.items():
+        if score.dim() <= 1:
+            # (eq-spt-whole)  a vector is tuned whole where its sensitive weights number >= length / beta
+            prices[name] = math.ceil(score.numel() / beta), score.numel()
+    return prices
+
+
+def _used(
+    model: nn.Module, scores: Mapping[str, Tensor], exclude: tuple[str, ...], candidates: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The scores of tensors that take part."""
+    check_names(scores, candidates, "scores")
+    for name, score in scores.items():
+        if score.shape != candidates[name].shape:
+            shape = tuple(candidates[name].shape)
+            raise ValueError(f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model")
+    for prefix in exclude:
+        if not any(starts_with(name, (prefix,)) for name in candidates):
+            raise ValueError(f"exclude names {prefix!r}, which is no tensor or prefix among weights(model)")
+    places = owners(model)
+    partly = (n for n in scores if scores[n].dim() <= 1 or all(_samples(*place) for place in places[n]))
+    used = {name: scores[name] for name in partly if not starts_with(name, exclude)}
+    if not used:
+        raise ValueError("scores and exclude leave no tensor that can be trained in part")
+    check_scores(used)
+    return used
+
+
+def _samples(module: nn.Module, attribute: str) -> bool:
+    """Whether masked training can train a matrix of this module in part."""
+    plain = type(module) is nn.Embedding and module.max_norm is None and not module.sparse
+    table = plain and not module.scale_grad_by_freq
+    return attribute == "weight" and (table or linear_sizes(module) is not None)
+
+
+def spt(
+    model: nn.Module,
+    allocation: Allocation,
+    *,
+    lr: float,
+    epochs: int,
+    lr_modules: float | None = None,
+    lr_head: float | None = None,
+    weight_decay: float = 0.0,
+    merge: bool = False,
+    seed: int = 0,
+    head: Sequence[str] | None = None,
+) -> Generator[Phase, None, None]:
+    """A method: train an allocation's small modules, whole vectors and single weights, and the head, in one optimizer.
+
+    After it the model is an ordinary one that computes what was trained: its own tensors keep their names and flags,
+    and the small modules stay beside them (`adapters`). `diff` ships all of it in one file; `remove_adapters` takes
+    the modules out, `merge_adapters` adds LoRA to the weights. After an error the modules are out.
+
+    Parameters
+    ----------
+    model, allocation
+        The model and what `allocate` made for it.
+    lr, lr_modules, lr_head
+        Learning rates of vectors and single weights, of small modules, and of the head (default: `lr`).
+    epochs
+        Passes over the batches.
+    weight_decay
+        Of small modules and head; single weights and vectors are not decayed (as in the authors' code).
+    merge
+        Merge LoRA into the weights at the end: the model has exactly the base's tensors, the delta is larger.
+    seed
+        Of the generator that draws the small modules.
+    head
+        As in `weights`.
+
+    Yields
+    ------
+    Phase
+        One, ``"spt"``.
+
+    Raises
+    ------
+    ValueError
+        If the allocation does not fit the model (which is unchanged), or if an Adapter is to be merged.
+    """
+    if merge and allocation.kind != "lora":
+        raise ValueError(f"merge=True, but kind={allocation.kind!r} cannot be merged; keep the modules, or use 'lora'")
+    add_adapters(model, allocation.structured, kind=allocation.kind, rank=allocation.rank, seed=seed)
+    done = False
+    try:
+        modules = adapter_parameters(model, allocation.structured)
+        heads = head_weights(model, head)
+        with masked(model, allocation.selection, dense=(*allocation.whole, *modules, *heads)) as training:
+            whole = [model.get_parameter(name) for name in allocation.whole]
+            rates = (
+                ([*training.parameters(), *whole], lr, 0.0),
+                (list(modules.values()), lr if lr_modules is None else lr_modules, weight_decay),
+                (list(heads.values()), lr if lr_head is None else lr_head, weight_decay),
+            )
+            groups: list[Group] = [{"params": p, "lr": r, "weight_decay": d} for p, r, d in rates if p]
+            yield Phase("spt", groups, epochs, selection=allocation.selection)
+        done = True
+    finally:
+        if not done:
+            remove_adapters(model, allocation.structured)
+        elif merge:
+            merge_adapters(model, allocation.structured)

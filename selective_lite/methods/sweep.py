@@ -1,0 +1,119 @@
+"""SPT's sweep (He et al. 2023): how many of the most sensitive weights to look at, so that the charge meets the budget.
+
+The charge grows with tau, so there is no need to try one tau after the other. Two passes of 16 bits over the scores, as
+in `select`, count for every tensor how many of its scores lie above each cutoff, and find where the charge crosses the
+budget: linear time, nothing is sorted, and no second copy of the scores is made.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from ..select import _keys, select
+
+BUCKETS = 1 << 16
+Charge = Callable[[str, Tensor], Tensor]  # (tensor's name, counts of its sensitive weights) -> what they cost
+
+
+def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
+    """The smallest tau whose charge is at least k; one more than there are scores, where none is.
+
+    Parameters
+    ----------
+    scores
+        ``{name: tensor}``, finite, floating point, any device.
+    charge
+        ``(name, counts) -> charges``, int64 on CPU, element by element; it never falls when the count grows.
+    k
+        The budget, a count.
+    """
+    keys, bits = _keys(scores, True), 64 if any(s.dtype == torch.float64 for s in scores.values()) else 32
+    above, prefix = dict.fromkeys(scores, 0), 0
+
+    def histograms(shift: int) -> Iterator[tuple[str, Tensor]]:
+        for name, chunks in groupby(keys(), itemgetter(0)):
+            histogram = torch.zeros(BUCKETS, dtype=torch.int64, device="cpu")
+            for _, _, key in chunks:
+                if shift == bits - 16:
+                    digit = (key >> shift) + BUCKETS // 2  # the sign bit: negative keys come first
+                else:
+                    digit = (key[(key >> (shift + 16)) == prefix] >> shift) & (BUCKETS - 1)
+                histogram += torch.bincount(digit, minlength=BUCKETS)
+            yield name, histogram.flip(0)
+
+    for shift in range(bits - 16, -1, -16):
+        total = torch.zeros(BUCKETS, dtype=torch.int64, device="cpu")
+        for name, histogram in histograms(shift):
+            total += charge(name, above[name] + histogram.cumsum(0))
+        passed = int((total < k).sum())
+        if passed == BUCKETS:
+            return sum(score.numel() for score in scores.values()) + 1
+        for name, histogram in histograms(shift):
+            above[name] += int(histogram[:passed].sum())
+        bucket = BUCKETS - 1 - passed
+        prefix = bucket - BUCKETS // 2 if shift == bits - 16 else (prefix << 16) | bucket
+
+    # Scores that equal the cutoff follow in the order of the tensors.
+    spent = _total(above, charge)
+    for name, _, key in keys():
+        ties = int((key == prefix).sum())
+        steps = charge(name, above[name] + torch.arange(ties + 1, device="cpu"))
+        missing = int((spent + steps - steps[0] < k).sum())
+        if missing <= ties:
+            return sum(above.values()) + missing
+        spent, above[name] = spent + int(steps[-1] - steps[0]), above[name] + ties
+    raise AssertionError("the charge fell while the count grew")
+
+
+def _total(counts: Mapping[str, int], charge: Charge) -> int:
+    return sum(int(charge(name, torch.tensor([count], device="cpu"))) for name, count in counts.items())
+
+
+def tau_for(
+    scores: Mapping[str, Tensor], charge: Charge, k: int, *, taus: Sequence[int] | None = None, capped: bool = False
+) -> int:
+    """The tau whose charge is nearest to k (the lower one, if two are), or the largest whose charge is within it.
+
+    Parameters
+    ----------
+    scores, charge, k
+        As in `crossing`.
+    taus
+        Those to choose from, increasing; default: all.
+    capped
+        Stay within k.
+
+    Raises
+    ------
+    ValueError
+        If `taus` is empty, does not increase, or exceeds the number of non-zero scores; if k is above what the largest
+        tau charges, or `capped` and below what the smallest does.
+    """
+    nonzero = {name: int(score.count_nonzero()) for name, score in scores.items()}
+    limit = sum(nonzero.values())
+
+    def total(tau: int) -> int:
+        return _total(nonzero if tau == limit else select(scores, tau).per_tensor(), charge)
+
+    if taus is None:
+        taus = range(1, limit + 1)
+    elif not taus or taus[0] < 1 or taus[-1] > limit or any(a >= b for a, b in pairwise(taus)):
+        raise ValueError(f"taus must increase within [1, {limit}], the number of non-zero scores, and not be empty")
+    i = bisect_left(taus, crossing(scores, charge, k))
+    if i == len(taus):
+        raise ValueError(
+            f"budget asks for {k} weights, but these tensors can take only {total(taus[-1])}; lower the budget, raise "
+            "the rank, or give more taus"
+        )
+    over = total(taus[i]) - k
+    if over == 0 or (not capped and (i == 0 or over < k - total(taus[i - 1]))):
+        return taus[i]
+    if i == 0:
+        raise ValueError(f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, charges {k + over}")
+    return taus[i - 1]
