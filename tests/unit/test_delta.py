@@ -665,6 +665,7 @@ def specs(**changes):
         {"shapes": {"square.weight": [4, 4], "oblong.weight": [24]}},
         {"shapes": {"square.weight": [4, 4], "oblong.weight": [6, 4, 1]}},
         {"shapes": {"square.weight": [4, 4], "oblong.weight": [6, -4]}},
+        {"shapes": {"square.weight": [4, 4], "oblong.weight": [6.0, 4.0]}},
         {"shapes": {"square.weight": [4, 4], "oblong.weight": None}},
         {"shapes": {"square.weight": [4, 4], "oblong.weight": {}}},
         {"shapes": {"square.weight": [4, 4]}},

@@ -602,6 +602,10 @@ def test_small_modules_that_were_there_before_stay_as_they_are(make, sensitivity
     allocation = allocate(model, sensitivity("bert"), 300, rank=1, exclude=other)
     (own,) = sl.add_adapters(model, other, rank=1).values()
     before = [p.detach().clone() for p in own.parameters()]
+    method = spt(model, allocation, lr=0.01, epochs=1)
+    next(method)
+    method.close()  # as after an error
+    assert list(sl.adapters(model)) == [other]
     sl.fit(model, spt(model, allocation, lr=0.01, epochs=1, merge=True), data("bert", 2))
     assert list(sl.adapters(model)) == [other]
     assert all(torch.equal(a, b) for a, b in zip(before, own.parameters(), strict=True))
