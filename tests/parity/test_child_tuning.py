@@ -1,7 +1,6 @@
 """Child-Tuning against the numbers of the authors' code (Xu et al. 2021): three steps of F, D, none; D's mask."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +11,11 @@ from torch import nn
 import selective_lite as sl
 from selective_lite.methods import child_tuning
 from selective_lite.methods.child_tuning import child_network, child_tuning_f
+from tests.parity.authors import AuthorsAdamW
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 FACTS = json.loads((DATA / "childtuning_facts.json").read_text())
-
-
-class AuthorsAdamW(torch.optim.Optimizer):
-    """The AdamW of the authors' transformers: eps 1e-6 outside the bias correction, decay of every weight last."""
-
-    def __init__(self, groups):
-        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                state["m"].mul_(0.9).add_(p.grad, alpha=0.1)
-                state["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-                rate = group["lr"] * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
-                p.addcdiv_(state["m"], state["v"].sqrt() + 1e-6, value=-rate)
-                p.add_(p, alpha=-group["lr"] * group["weight_decay"])
 
 
 class Given(nn.Module):
@@ -76,7 +55,7 @@ def train(model, method, golden):
             yield phase
 
     def optimizer(groups):
-        made.append(AuthorsAdamW(groups))
+        made.append(AuthorsAdamW(groups, eps=1e-6))
         return made[-1]
 
     def on_step(record):

@@ -1,6 +1,6 @@
 """Diff Pruning against the numbers of the authors' code (Guo et al. 2021): gates, one relaxed step, its gradients."""
 
-import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import nn
 
 import selective_lite as sl
 from selective_lite.methods.diff_pruning import U_EPS, Relaxed
+from tests.parity.authors import AuthorsAdamW
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -61,26 +62,6 @@ class GivenNoise(Relaxed):
     def _gate(self, log_alpha):
         (noise,) = (u for u, own in zip(self.u, self.log_alpha, strict=True) if own is log_alpha)
         return sl.hard_concrete(log_alpha, noise, beta=1.0, stretch=self.stretch, eps=U_EPS)
-
-
-class AuthorsAdamW(torch.optim.Optimizer):
-    """The AdamW of the authors' transformers: eps outside the bias correction. No weight decay."""
-
-    def __init__(self, groups):
-        super().__init__(groups, {"lr": 1e-3})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                state["m"].mul_(0.9).add_(p.grad, alpha=0.1)
-                state["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-                rate = group["lr"] * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
-                p.addcdiv_(state["m"], state["v"].sqrt() + 1e-8, value=-rate)
 
 
 @pytest.fixture
@@ -163,7 +144,7 @@ def test_the_gradients_and_the_step(golden, relaxed):
         [phase],
         data,
         loss=lambda called, batch: nn.functional.cross_entropy(called(batch[0]), batch[1]),
-        optimizer=AuthorsAdamW,
+        optimizer=partial(AuthorsAdamW, eps=1e-8),
     )
     assert steps == ["checked"]
     for name, w, log_alpha in zip(relaxed.names, relaxed.w, relaxed.log_alpha, strict=True):

@@ -1,6 +1,5 @@
 """SoRA against the numbers of the authors' code (Ding et al. 2023): forward, gradients, prox, gate steps, schedules."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import nn
 
 import selective_lite as sl
 from selective_lite.methods.sora import Proximal, SoRA, soft_threshold, staircase
+from tests.parity.authors import AuthorsAdamW
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -63,31 +63,11 @@ def test_the_prox_is_the_soft_threshold_and_the_authors_zeroes_twice_as_far(gold
     assert (found[x.abs() == xi] == 0).all()
 
 
-class AuthorsAdamW(torch.optim.Optimizer):
-    """The AdamW of the authors' transformers, eps outside the bias correction. No weight decay."""
-
-    def __init__(self, parameters, lr, eps):
-        super().__init__(parameters, {"lr": lr, "eps": eps})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                state["m"].mul_(0.9).add_(p.grad, alpha=0.1)
-                state["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-                rate = group["lr"] * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
-                p.addcdiv_(state["m"], state["v"].sqrt() + group["eps"], value=-rate)
-
-
 def gate_steps(golden, run, prox, monkeypatch, **threshold):
     """The library's proximal steps on the stored gradients, under the authors' optimizer and a given prox."""
     monkeypatch.setattr("selective_lite.methods.sora.soft_threshold", prox)
     gate = nn.Parameter(golden["steps_g0"].clone())
-    optimizer = AuthorsAdamW([gate], float(golden[f"steps_{run}_lr"]), float(golden["steps_eps"]))
+    optimizer = AuthorsAdamW([gate], lr=float(golden[f"steps_{run}_lr"]), eps=float(golden["steps_eps"]))
     proximal = Proximal([gate], schedule=sl.constant, **threshold)
     path = []
     for step, gradient in enumerate(golden["steps_grads"], 1):
