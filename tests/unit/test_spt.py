@@ -18,32 +18,6 @@ MODELS = ("toy", "bert", "llama", "gpt2", "vit")
 
 
 @pytest.fixture(scope="module")
-def make(build):
-    """make(kind) -> a tiny model; of those in conftest, and a vision transformer."""
-
-    def model(kind, seed=0):
-        if kind != "vit":
-            return build(kind, seed)
-        from transformers import ViTConfig, ViTForImageClassification
-
-        config = ViTConfig(
-            hidden_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=20,
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=3,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return ViTForImageClassification(config).eval()
-
-    return model
-
-
-@pytest.fixture(scope="module")
 def data(batches):
     """data(kind, count) -> batches for the model of that kind."""
 
@@ -63,13 +37,13 @@ def data(batches):
 
 
 @pytest.fixture(scope="module")
-def sensitivity(make, data):
+def sensitivity(build, data):
     """sensitivity(kind) -> the model's squared gradients, computed once."""
     found = {}
 
     def of(kind):
         if kind not in found:
-            found[kind] = sl.squared_gradient(make(kind), data(kind, 3))
+            found[kind] = sl.squared_gradient(build(kind), data(kind, 3))
         return found[kind]
 
     return of
@@ -253,8 +227,8 @@ def check_identity(model, scores, found, alpha=10, beta=5):
 
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
 @pytest.mark.parametrize("name", MODELS)
-def test_everything_is_charged_on_every_architecture(make, sensitivity, name, kind):
-    model, scores = make(name), sensitivity(name)
+def test_everything_is_charged_on_every_architecture(build, sensitivity, name, kind):
+    model, scores = build(name), sensitivity(name)
     total = sum(p.numel() for p in sl.weights(model).values())
     seen = {"structured": 0, "whole": 0, "unstructured": 0}
     for fraction in (0.04, 0.14):
@@ -287,14 +261,14 @@ def test_everything_is_charged_on_every_architecture(make, sensitivity, name, ki
         ),
     ],
 )
-def test_what_cannot_be_trained_in_part_takes_no_part(make, sensitivity, name, left_out):
-    found = allocate(make(name), sensitivity(name), 100, rank=1)
+def test_what_cannot_be_trained_in_part_takes_no_part(build, sensitivity, name, left_out):
+    found = allocate(build(name), sensitivity(name), 100, rank=1)
     assert found.left_out == left_out
     assert not any(n in found.selection.shapes for n in left_out)
 
 
-def test_a_tied_embedding_is_tuned_by_entries_only(make, sensitivity):
-    model, scores = make("llama"), dict(sensitivity("llama"))
+def test_a_tied_embedding_is_tuned_by_entries_only(build, sensitivity):
+    model, scores = build("llama"), dict(sensitivity("llama"))
     scores["model.embed_tokens.weight"] = scores["model.embed_tokens.weight"] + 1e6
     found = allocate(model, scores, 60, rank=1)
     assert found.counts == {"structured": 0, "whole": 0, "unstructured": 60}
@@ -318,8 +292,8 @@ def test_a_table_that_masked_training_refuses_takes_no_part(option):
     next(spt(model, found, lr=0.1, epochs=1))
 
 
-def test_excluded_tensors_and_tensors_without_a_score_take_no_part(make, sensitivity):
-    model, scores = make("bert"), dict(sensitivity("bert"))
+def test_excluded_tensors_and_tensors_without_a_score_take_no_part(build, sensitivity):
+    model, scores = build("bert"), dict(sensitivity("bert"))
     del scores["bert.pooler.dense.bias"]
     found = allocate(
         model, scores, 300, rank=1, exclude=("bert.embeddings", "bert.encoder.layer.0.output.dense.weight")
@@ -331,16 +305,16 @@ def test_excluded_tensors_and_tensors_without_a_score_take_no_part(make, sensiti
     assert list(one.left_out) == [*expected, "bert.pooler.dense.bias"]
 
 
-def test_a_fraction_is_of_all_candidates(make, sensitivity):
-    model, scores = make("vit"), sensitivity("vit")
+def test_a_fraction_is_of_all_candidates(build, sensitivity):
+    model, scores = build("vit"), sensitivity("vit")
     total = sum(p.numel() for p in sl.weights(model).values())
     one = allocate(model, scores, 0.1, rank=1, exclude=("vit.layers.0",))
     other = allocate(model, scores, round(0.1 * total), rank=1, exclude=("vit.layers.0",))
     assert (one.tau, one.charged) == (other.tau, other.charged)
 
 
-def test_scores_of_any_dtype_give_the_same_and_the_model_is_not_touched(make, sensitivity):
-    model = make("bert")
+def test_scores_of_any_dtype_give_the_same_and_the_model_is_not_touched(build, sensitivity):
+    model = build("bert")
     scores = {n: s.bfloat16() for n, s in sensitivity("bert").items()}
     mixed = {n: s.to((torch.float64, torch.float32, torch.bfloat16)[i % 3]) for i, (n, s) in enumerate(scores.items())}
     before, flags = sl.snapshot(model), [p.requires_grad for p in model.parameters()]
@@ -360,9 +334,9 @@ def test_an_allocation_makes_its_tensors_on_the_cpu():
     assert {p.device.type for group in phase.groups for p in group["params"]} == {"cpu"}
 
 
-def test_weights_may_be_on_another_device_than_the_scores(make, sensitivity):
-    found = allocate(make("bert").to("meta"), sensitivity("bert"), 400, rank=2)
-    assert found.counts == allocate(make("bert"), sensitivity("bert"), 400, rank=2).counts
+def test_weights_may_be_on_another_device_than_the_scores(build, sensitivity):
+    found = allocate(build("bert").to("meta"), sensitivity("bert"), 400, rank=2)
+    assert found.counts == allocate(build("bert"), sensitivity("bert"), 400, rank=2).counts
 
 
 BAD = {
@@ -390,14 +364,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_option_raises(make, sensitivity, case):
+def test_a_bad_option_raises(build, sensitivity, case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        allocate(make("bert"), sensitivity("bert"), **{"budget": 300, "rank": 1, **options})
+        allocate(build("bert"), sensitivity("bert"), **{"budget": 300, "rank": 1, **options})
 
 
-def test_bad_scores_raise(make, sensitivity):
-    model, scores = make("bert"), sensitivity("bert")
+def test_bad_scores_raise(build, sensitivity):
+    model, scores = build("bert"), sensitivity("bert")
     bias = "bert.pooler.dense.bias"
     for bad, message in (
         ({"pooler": scores[bias]}, "scores names 'pooler', which is no parameter"),
@@ -411,8 +385,8 @@ def test_bad_scores_raise(make, sensitivity):
         allocate(model, scores, True, rank=1)
 
 
-def test_a_zero_head_gives_no_sensitivity(make, data):
-    model = make("vit")
+def test_a_zero_head_gives_no_sensitivity(build, data):
+    model = build("vit")
     nn.init.zeros_(model.classifier.weight)
     with pytest.raises(ValueError, match="zero-initialised head passes no gradient"):
         sl.squared_gradient(model, data("vit", 1))
@@ -426,11 +400,11 @@ def small_budget(model):
 
 
 @pytest.fixture(scope="module")
-def mixed(make, sensitivity):
+def mixed(build, sensitivity):
     """mixed(kind, **options) -> a model and an allocation of it with something of every kind."""
 
     def of(name, kind="lora"):
-        model = make(name)
+        model = build(name)
         found = allocate(model, sensitivity(name), small_budget(model), kind=kind, rank=1)
         if not all(found.counts.values()):  # the tiniest model needs another balance
             found = allocate(model, sensitivity(name), small_budget(model), kind=kind, rank=1, alpha=4)
@@ -484,9 +458,9 @@ def unclipped(phases):
 
 
 @pytest.mark.parametrize("name", ["toy", "gpt2"])
-def test_a_step_is_the_gradient_s_step_for_modules_vectors_entries_and_head_at_their_rates(mixed, make, data, name):
+def test_a_step_is_the_gradient_s_step_for_modules_vectors_entries_and_head_at_their_rates(mixed, build, data, name):
     model, allocation = mixed(name)
-    model, reference = model.double(), make(name).double()
+    model, reference = model.double(), build(name).double()
     for one in (model, reference):
         for module in one.modules():
             if isinstance(module, nn.Dropout):
@@ -569,9 +543,9 @@ def test_after_an_error_the_model_is_an_ordinary_one_with_its_names_and_flags(mi
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-def test_an_allocation_that_does_not_fit_raises_and_changes_nothing(mixed, make):
+def test_an_allocation_that_does_not_fit_raises_and_changes_nothing(mixed, build):
     model, allocation = mixed("bert")
-    for other, message in ((make("vit"), "is no parameter of this model"), (_shorter(make("bert")), r"is for shape")):
+    for other, message in ((build("vit"), "is no parameter of this model"), (_shorter(build("bert")), r"is for shape")):
         before, keys = sl.snapshot(other), list(other.state_dict())
         classes = [type(m) for m in other.modules()]
         with pytest.raises(ValueError, match=message):
@@ -597,8 +571,8 @@ def test_an_adapter_cannot_be_merged(mixed):
     assert sl.adapters(model) == {}
 
 
-def test_small_modules_that_were_there_before_stay_as_they_are(make, sensitivity, data):
-    model, other = make("bert"), "bert.pooler.dense.weight"
+def test_small_modules_that_were_there_before_stay_as_they_are(build, sensitivity, data):
+    model, other = build("bert"), "bert.pooler.dense.weight"
     allocation = allocate(model, sensitivity("bert"), 300, rank=1, exclude=other)
     (own,) = sl.add_adapters(model, other, rank=1).values()
     before = [p.detach().clone() for p in own.parameters()]
@@ -629,9 +603,9 @@ def test_a_model_of_several_dtypes_trains(mixed, data):
 
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
 @pytest.mark.parametrize("name", ["vit", "llama", "gpt2"])
-def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(mixed, make, data, tmp_path, name, kind):
+def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(mixed, build, data, tmp_path, name, kind):
     model, allocation = mixed(name, kind)
-    base, batch = make(name), data(name, 1)[0]
+    base, batch = build(name), data(name, 1)[0]
     sl.fit(model, spt(model, allocation, lr=0.01, epochs=3), data(name, 3))
     delta = sl.diff(base, model, method="spt")
     assert delta.metadata["version"] == 2
