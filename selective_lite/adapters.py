@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .masked import SUFFIX
-from .params import owners, weights
+from .params import check_names, owners, weights
 
 Kind = Literal["lora", "adapter"]
 KINDS = ("lora", "adapter")
@@ -161,18 +161,15 @@ def linear_weights(
 def check_places(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[list[Any], int, int]]:
     """Where small modules of these ranks can go, ``{weight name: (layers, d_in, d_out)}``; raises as `add_adapters`."""
     places = owners(model)
+    check_names(ranks, places, "names")
     found: dict[str, tuple[list[Any], int, int]] = {}
     for name, rank in ranks.items():
-        if name not in places:
-            raise ValueError(f"names holds {name!r}, which is no parameter of this model (or a tied one's second name)")
         layers: list[Any] = [layer for layer, _ in places[name]]
         for layer in layers:
             if hasattr(type(layer), "adapter_base"):
                 raise ValueError(f"the layer of {name!r} has a small module already; merge or remove that first")
             if any(parameter.endswith(SUFFIX) for parameter in layer._parameters):
-                raise ValueError(
-                    f"the layer of {name!r} is in masked training; leave that, and add small modules first"
-                )
+                raise ValueError(f"the layer of {name!r} is in masked training; add small modules before it")
             if "forward" in vars(layer):
                 raise ValueError(f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first")
         sizes = linear_sizes(layers[0])
@@ -222,19 +219,19 @@ def add_adapters(
         raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
     places = check_places(model, dict.fromkeys((names,) if isinstance(names, str) else names, rank))
     generator = torch.Generator().manual_seed(seed)
-    made: dict[str, LoRA | Adapter] = {}
-    for name, (layers, d_in, d_out) in places.items():
-        make = LoRA if kind == "lora" else Adapter
-        made[name] = make(d_in, d_out, rank, generator=generator, like=layers[0].weight)
-        attach(layers, made[name])
-    return made
+    make = LoRA if kind == "lora" else Adapter
+    return {
+        name: attach(layers, make(d_in, d_out, rank, generator=generator, like=layers[0].weight))
+        for name, (layers, d_in, d_out) in places.items()
+    }
 
 
-def attach(layers: Sequence[Any], module: nn.Module) -> None:
-    """Put one small module, ``module(x, y) -> y'``, behind the forward of layers that `check_places` found."""
+def attach(layers: Sequence[Any], module: Any) -> Any:
+    """Put one small module, ``module(x, y) -> y'``, behind the forward of layers that `check_places` found; give it."""
     for layer in layers:
         layer.adapter = module.train(layer.training)
         layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]
+    return module
 
 
 @cache

@@ -117,8 +117,8 @@ class Delta:
                 raise DeltaError(f"model has no parameter {name!r}; this delta is for another base")
             if list(named[name].shape) != shape:
                 raise DeltaError(f"model's {name!r} has shape {list(named[name].shape)}, the delta's base has {shape}")
-            if str(named[name].dtype) != self.metadata["dtypes"][name]:
-                wanted = self.metadata["dtypes"][name]
+            wanted = self.metadata["dtypes"][name]
+            if str(named[name].dtype) != wanted:
                 raise DeltaError(f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it")
         self._check_places(model)
         if self._fingerprint(named) != self.metadata["fingerprint"]:
@@ -182,9 +182,7 @@ class Applied:
         delta, found = self._delta, adapters(self._model)
         for name, module in self._modules.items():
             if found.get(name) is not module:
-                raise DeltaError(
-                    f"{name!r} no longer has this delta's small module; put it back, or load the base anew"
-                )
+                raise DeltaError(f"{name!r} no longer has this delta's small module; put it back or reload the base")
             for part, p in module.named_parameters():
                 _expect(f"{name}/{part}", p, delta.modules[name][part])
         for name, (where, values) in delta._replaced().items():

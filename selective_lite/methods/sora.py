@@ -18,7 +18,7 @@ from torch.nn import functional
 from ..adapters import attach, check_places, linear_weights, merge_adapters
 from ..masked import compact_parameters
 from ..params import head_weights
-from ..train import Phase, Schedule, constant
+from ..train import Phase, Schedule, constant, head_group
 
 
 class GatedLowRank(nn.Module):
@@ -113,8 +113,8 @@ class SoRA:
         for name, (layers, d_in, d_out) in places.items():
             weight = layers[0].weight
             update = GatedLowRank(d_in, d_out, rank, alpha / rank, generator)
-            self.updates[name] = update.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            attach(layers, update)
+            update.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            self.updates[name] = attach(layers, update)
 
     def gates(self) -> list[nn.Parameter]:
         """The gates, one vector an update."""
@@ -206,16 +206,12 @@ class Proximal:
         self.gates, self.lam, self.schedule, self.xi = gates, lam, schedule, xi
         self.path: list[dict[str, float]] = []
 
-    def before_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
-        """Note the rate of this step: after it, the scheduler has already set the next one."""
-        groups = [g for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"])]
-        self.lr = float(groups[0]["lr"])
-
     @torch.no_grad()
     def after_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         """Shrink every gate, by lr * lambda, or by the fixed xi."""
+        lr = next(g["lr"] for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"]))
         # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
-        xi = (self.lr * self.lam if self.xi is None else self.xi) * self.schedule(progress)
+        xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(progress)
         for gate in self.gates:
             gate.copy_(soft_threshold(gate, xi))
         self.path.append({"xi": xi, "open": float(sum(int(gate.count_nonzero()) for gate in self.gates))})
@@ -273,10 +269,7 @@ def sora(
         groups = [
             {"params": update.factors(), "lr": lr, "weight_decay": weight_decay},
             {"params": update.gates(), "lr": lr, "weight_decay": 0.0},
+            *head_group(update.dense_parameters(), lr, lr_head, weight_decay=weight_decay),
         ]
-        if update.dense_parameters():
-            rate = lr if lr_head is None else lr_head
-            groups.append({"params": update.dense_parameters(), "lr": rate, "weight_decay": weight_decay})
-        before, after = proximal.before_step, proximal.after_step
-        yield Phase("SoRA", groups, epochs, before_step=before, after_step=after, clip=clip)
+        yield Phase("SoRA", groups, epochs, after_step=proximal.after_step, clip=clip)
         update.prune()
