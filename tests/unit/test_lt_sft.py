@@ -187,7 +187,7 @@ def test_an_interrupt_leaves_an_ordinary_model_and_no_dense_change(build, batche
         ({"iterations": 0}, ValueError, r"iterations=0 is outside \[1, 9\]"),
         ({"iterations": 10}, ValueError, r"iterations=10 is outside \[1, 9\]"),
         ({"l1": -0.1}, ValueError, "l1=-0.1 must be 0 or more"),
-        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no candidate"),
+        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no parameter"),
         ({"budget": 100, "frozen": ("embedding",)}, ValueError, "asks for 100 weights, but only 98 are not frozen"),
         ({"head": ("clasifier",)}, ValueError, "head='clasifier' names no parameter"),
     ],

@@ -357,7 +357,7 @@ BAD = {
     "alpha": ({"alpha": 0.5}, "alpha=0.5, beta=5.0: both are finite and at least 1"),
     "beta": ({"beta": float("nan")}, "alpha=10.0, beta=nan: both are finite and at least 1"),
     "infinite": ({"alpha": float("inf")}, "alpha=inf, beta=5.0: both are finite"),
-    "exclude": ({"exclude": ("bert.enc",)}, "exclude names 'bert.enc', which is no tensor or prefix"),
+    "exclude": ({"exclude": ("bert.enc",)}, "exclude='bert.enc' names no parameter"),
     "all excluded": ({"exclude": ("bert",)}, "scores and exclude leave no tensor"),
     "taus": ({"taus": [3, 1]}, "taus must increase within"),
 }
@@ -374,7 +374,7 @@ def test_bad_scores_raise(build, sensitivity):
     model, scores = build("bert"), sensitivity("bert")
     bias = "bert.pooler.dense.bias"
     for bad, message in (
-        ({"pooler": scores[bias]}, "scores names 'pooler', which is no parameter"),
+        ({"pooler": scores[bias]}, "scores holds 'pooler', which is no parameter"),
         ({bias: scores[bias][:-1]}, rf"scores\['{bias}'\] has shape \(11,\), the model \(12,\)"),
         ({bias: scores[bias] * float("nan")}, rf"scores\['{bias}'\] has a value that is not finite"),
         ({n: torch.zeros_like(s) for n, s in scores.items()}, "scores are zero for every weight"),
