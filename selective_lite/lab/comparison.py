@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,19 +94,41 @@ def described(rows: Iterable[Row], names: Mapping[str, str]) -> str:
     return "Test accuracy against trained weights, mean and range over seeds: " + "; ".join(parts) + "."
 
 
-def verdicts(rows: Iterable[Row], names: Mapping[str, str], method: str, others: Sequence[str]) -> list[str]:
-    """A sentence for each budget and other method: better, worse or not distinguishable, with the paired difference."""
-    rows, said = list(rows), []
-    for budget in budgets(rows, method):
-        for other in others:
-            theirs = of(rows, other, 1.0 if other == "full" else budget)
-            if not theirs:
-                continue
-            difference, low, high = compare(of(rows, method, budget), theirs)
-            word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
-            size = "at its own size" if budget == "own" else f"at {budget:.2%}"
-            said.append(
-                f"{names[method]} {size} is {word} {names.get(other, other)}: "
-                f"{difference:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]"
-            )
-    return said
+def missing(rows: Iterable[Row], names: Mapping[str, str]) -> str:
+    """The labels of the methods that have no rows, or "nothing"."""
+    found = {row["config"]["method"] for row in rows}
+    return ", ".join(name for method, name in names.items() if method not in found) or "nothing"
+
+
+def paired(
+    rows: Iterable[Row], names: Mapping[str, str], pairs: Iterable[tuple[str, str]]
+) -> list[tuple[str, float, float, float]]:
+    """Paired differences ``(label, points, low, high)``, as `plots.interval` draws them, at each budget that has both.
+
+    Full fine-tuning is compared with every budget, and a rule of its own size with every budget of the other.
+    """
+    rows, found = list(rows), []
+    for ours, theirs in pairs:
+        for budget in budgets(rows, ours):
+            for other in budgets(rows, theirs):
+                if budget == other or "own" in (budget, other) or theirs == "full":
+                    label = f"{_label(names, ours, budget)} \u2212 {_label(names, theirs, other)}"
+                    found.append((label, *compare(of(rows, ours, budget), of(rows, theirs, other))))
+    return found
+
+
+def _label(names: Mapping[str, str], method: str, budget: float | str) -> str:
+    return names[method] if budget in ("own", 1.0) else f"{names[method]} {budget:.2%}"
+
+
+def verdict(low: float, high: float) -> str:
+    """What a 95 % interval of a difference says."""
+    return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+
+
+def sentences(differences: Iterable[tuple[str, float, float, float]]) -> str:
+    """A line for every paired difference: its verdict, the points and the interval."""
+    return "\n".join(
+        f"{label}: {verdict(low, high)}, {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        for label, difference, low, high in differences
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from ..params import head_weights
 from ..train import Phase, fit, fixed_mask
 from . import results
+from .device import VARIABLE
 from .models import load_classifier
 from .recipes import LR_HEAD, RECIPES, Config
 from .tasks import Task, evaluate, load_task
@@ -60,6 +62,28 @@ def losses(config: Config, steps: int = FIRST) -> list[float]:
     with suppress(Enough):
         train(model, task, config, RECIPES[config["method"]](model, task, config, config["lr"]), on_step=stop)
     return found
+
+
+def repeat(row: results.Row, steps: int = 2) -> str:
+    """Repeat the first steps of a row, on the CPU if that made it; what was recorded, and what came now.
+
+    Raises
+    ------
+    AssertionError
+        If a loss differs by more than one in a thousand.
+    """
+    wish = os.environ.get(VARIABLE)
+    if row["device"].startswith("cpu"):
+        os.environ[VARIABLE] = "cpu"
+    try:
+        again = losses(row["config"], steps)
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if wish is not None:
+            os.environ[VARIABLE] = wish
+    torch.testing.assert_close(again, row["first_losses"][:steps], rtol=1e-3, atol=0.0)
+    recorded, repeated = (", ".join(f"{loss:.6f}" for loss in found) for found in (row["first_losses"][:steps], again))
+    return f"{row['config']['method']}: recorded {recorded}; repeated {repeated}"
 
 
 def run(config: Config) -> results.Row:

@@ -34,13 +34,23 @@ def test_sizes_are_means_and_ranges_over_seeds():
 
 
 def test_verdicts_follow_the_paired_interval():
-    said = comparison.verdicts(ROWS, NAMES, "ours", ["full", "random"])
-    assert [line.split(":")[0] for line in said] == [
-        "Ours at 10.00% is not distinguishable from full",
-        "Ours at 10.00% is better than random",
-        "Ours at 1.00% is worse than full",
+    forest = comparison.paired(ROWS, NAMES, [("ours", "full"), ("ours", "random"), ("random", "ours")])
+    assert [
+        line.rsplit(":", 1)[0] + line.split(":")[1].split(",")[0] for line in comparison.sentences(forest).splitlines()
+    ] == [
+        "Ours 10.00% \u2212 full not distinguishable",
+        "Ours 1.00% \u2212 full worse",
+        "Ours 10.00% \u2212 random 10.00% better",
+        "random 10.00% \u2212 Ours 10.00% worse",
     ]
-    assert "random at 10.00% is worse than Ours" in comparison.verdicts(ROWS, NAMES, "random", ["ours"])[0]
+    assert forest[2][1] == -forest[3][1] == pytest.approx(27)
+
+
+def test_a_rule_is_compared_with_every_budget_and_what_has_no_rows_is_named():
+    forest = comparison.paired(ROWS, NAMES, [("rule", "ours"), ("absent", "full")])
+    assert [label for label, *_ in forest] == ["Rule \u2212 Ours 10.00%", "Rule \u2212 Ours 1.00%"]
+    assert comparison.missing(ROWS, NAMES) == "Absent"
+    assert comparison.missing(ROWS, {"ours": "Ours"}) == "nothing"
 
 
 def test_the_table_has_a_line_a_method_and_budget_and_marks_single_seeds():
