@@ -114,17 +114,17 @@ def run(config: Config) -> results.Row:
 def sweep(config: Config) -> results.Row:
     """Validation accuracy over a grid of learning rates; weights are scored, or gates relaxed, once."""
     model, task = start(config)
+    untuned = copy.deepcopy(model)
     recipe = RECIPES[config["method"]]
     method = recipe(model, task, config, config["grid"][0])
     first = next(method)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
         train(model, task, config, [first])
-        chosen = next(method)
+        chosen, untuned = next(method), model  # projected and not yet trained
     elif _is_fixed_mask(first, model):
         chosen = first
-    method.close()  # untrained, or projected and not yet trained
-    untuned = copy.deepcopy(model)
+    method.close()
     accuracy: dict[float, float] = {}
     for lr in config["grid"]:
         torch.manual_seed(config["seed"])
