@@ -112,12 +112,13 @@ def paired(
         for budget in budgets(rows, ours):
             for other in budgets(rows, theirs):
                 if budget == other or "own" in (budget, other) or theirs == "full":
-                    label = f"{_label(names, ours, budget)} \u2212 {_label(names, theirs, other)}"
-                    found.append((label, *compare(of(rows, ours, budget), of(rows, theirs, other))))
+                    title = f"{label(names, ours, budget)} \u2212 {label(names, theirs, other)}"
+                    found.append((title, *compare(of(rows, ours, budget), of(rows, theirs, other))))
     return found
 
 
-def _label(names: Mapping[str, str], method: str, budget: float | str) -> str:
+def label(names: Mapping[str, str], method: str, budget: float | str) -> str:
+    """A method's name, with its budget if it has one."""
     return names[method] if budget in ("own", 1.0) else f"{names[method]} {budget:.2%}"
 
 
@@ -129,6 +130,6 @@ def verdict(low: float, high: float) -> str:
 def sentences(differences: Iterable[tuple[str, float, float, float]]) -> str:
     """A line for every paired difference: its verdict, the points and the interval."""
     return "\n".join(
-        f"{label}: {verdict(low, high)}, {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
-        for label, difference, low, high in differences
+        f"{title}: {verdict(low, high)}, {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        for title, difference, low, high in differences
     )
