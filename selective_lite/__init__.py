@@ -3,7 +3,7 @@
 Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship* the difference as one small file.
 """
 
-from .adapters import adapters, add_adapters, merge_adapters, remove_adapters
+from .adapters import adapters, add_adapters, linear_weights, merge_adapters, remove_adapters
 from .delta import Delta, DeltaError, diff, load
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
 from .ledger import ledger
@@ -21,47 +21,16 @@ from .scores import (
     uniform,
 )
 from .select import Selection, random_nonzero, rule, select, shuffled
-from .train import Phase, constant, dense, fit, fixed_mask, linear_decay
+from .train import Phase, constant, cosine_decay, dense, fit, fixed_mask, linear_decay
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "Delta",
-    "DeltaError",
-    "HardConcrete",
-    "Phase",
-    "Selection",
-    "adapters",
-    "add_adapters",
-    "constant",
-    "dense",
-    "deterministic_gate",
-    "diff",
-    "exclude",
-    "expected_squared_gradient",
-    "fit",
-    "fixed_mask",
-    "gradient_magnitude",
-    "hard_concrete",
-    "head_weights",
-    "ledger",
-    "linear_decay",
-    "load",
-    "magnitude",
-    "masked",
-    "merge_adapters",
-    "model_loss",
-    "movement",
-    "open_probability",
-    "random_nonzero",
-    "remove_adapters",
-    "resolve_budget",
-    "rule",
-    "select",
-    "shuffled",
-    "snapshot",
-    "squared_gradient",
-    "taylor",
-    "uniform",
-    "weights",
+    "Delta", "DeltaError", "HardConcrete", "Phase", "Selection", "adapters", "add_adapters", "constant", "cosine_decay",
+    "dense", "deterministic_gate", "diff", "exclude", "expected_squared_gradient", "fit", "fixed_mask",
+    "gradient_magnitude", "hard_concrete", "head_weights", "ledger", "linear_decay", "linear_weights", "load",
+    "magnitude", "masked", "merge_adapters", "model_loss", "movement", "open_probability", "random_nonzero",
+    "remove_adapters", "resolve_budget", "rule", "select", "shuffled", "snapshot", "squared_gradient", "taylor",
+    "uniform", "weights",
 ]

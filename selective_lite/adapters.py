@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .masked import SUFFIX
-from .params import owners
+from .params import check_names, owners, weights
 
 Kind = Literal["lora", "adapter"]
 KINDS = ("lora", "adapter")
@@ -113,32 +113,75 @@ def linear_sizes(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def check_places(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[Any, int, int]]:
-    """Where small modules of these ranks can go, ``{weight name: (layer, d_in, d_out)}``; raises as `add_adapters`."""
+def _plain(places: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Whether a parameter is the weight of linear layers alone, of one kind and with the forward of their class."""
+    return len({type(layer) for layer, _ in places}) == 1 and all(
+        attribute == "weight" and linear_sizes(layer) is not None and "forward" not in vars(layer)
+        for layer, attribute in places
+    )
+
+
+def linear_weights(
+    model: nn.Module, targets: Sequence[str] | None = None, head: Sequence[str] | None = None
+) -> list[str]:
+    """Names of the weights outside the head that can have a small module, in model order.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    targets
+        Ends of module names, such as ``("query", "value")``; None takes every ``nn.Linear`` and Hugging Face
+        ``Conv1D``, except those tied to another kind of module, such as an embedding.
+    head
+        As in `weights`.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or a target names none, or one that cannot have a small module.
+    """
     places = owners(model)
-    found: dict[str, tuple[Any, int, int]] = {}
-    for name, rank in ranks.items():
-        if name not in places:
-            raise ValueError(f"names holds {name!r}, which is no parameter of this model (or a tied one's second name)")
-        if len(places[name]) > 1:
-            raise ValueError(f"{name!r} is tied: it belongs to {len(places[name])} layers; adapt an untied one")
-        layer: Any
-        ((layer, attribute),) = places[name]
-        if hasattr(type(layer), "adapter_base"):
-            raise ValueError(f"the layer of {name!r} has a small module already; merge or remove that first")
-        if any(parameter.endswith(SUFFIX) for parameter in layer._parameters):
-            raise ValueError(f"the layer of {name!r} is in masked training; leave that, and add small modules first")
-        sizes = linear_sizes(layer)
-        if attribute != "weight" or sizes is None or not layer.weight.is_floating_point():
+    layers = {name: {layer for layer, _ in places[name]} for name in weights(model, head) if _plain(places[name])}
+    if not layers:
+        raise ValueError("model has no nn.Linear or Conv1D outside its head that could have a small module")
+    plain = set().union(*layers.values())
+    chosen = plain if targets is None else set()
+    for target in (targets,) if isinstance(targets, str) else targets or ():
+        meant = {module for path, module in model.named_modules() if ("." + path).endswith("." + target)}
+        if not meant or not meant <= plain:
             raise ValueError(
-                f"{name!r} belongs to a {type(layer).__name__}; only floating-point weights of nn.Linear and Conv1D "
-                "can have a small module"
+                f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or one that is tied to "
+                "another kind of module; give ends of module names, such as ('query', 'value')"
             )
-        if "forward" in vars(layer):
-            raise ValueError(f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first")
+        chosen |= meant
+    return [name for name in layers if layers[name] & chosen]
+
+
+def check_places(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[list[Any], int, int]]:
+    """Where small modules of these ranks can go, ``{weight name: (layers, d_in, d_out)}``; raises as `add_adapters`."""
+    places = owners(model)
+    check_names(ranks, places, "names")
+    found: dict[str, tuple[list[Any], int, int]] = {}
+    for name, rank in ranks.items():
+        layers: list[Any] = [layer for layer, _ in places[name]]
+        for layer in layers:
+            if hasattr(type(layer), "adapter_base"):
+                raise ValueError(f"the layer of {name!r} has a small module already; merge or remove that first")
+            if any(parameter.endswith(SUFFIX) for parameter in layer._parameters):
+                raise ValueError(f"the layer of {name!r} is in masked training; add small modules before it")
+            if "forward" in vars(layer):
+                raise ValueError(f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first")
+        sizes = linear_sizes(layers[0])
+        if sizes is None or not _plain(places[name]) or not layers[0].weight.is_floating_point():
+            kinds = " and a ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+            raise ValueError(
+                f"{name!r} belongs to a {kinds}; only floating-point weights of nn.Linear or of Conv1D can have a "
+                "small module"
+            )
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(sizes):
             raise ValueError(f"rank={rank!r} does not fit {name!r}; give an int from 1 to {min(sizes)}")
-        found[name] = (layer, *sizes)
+        found[name] = (layers, *sizes)
     return found
 
 
@@ -152,7 +195,8 @@ def add_adapters(
     model
         Changed in place: a layer gets a child module ``adapter``, its weight and bias keep their names.
     names
-        Of weights of ``nn.Linear`` or Hugging Face's ``Conv1D``, such as ``"encoder.0.query.weight"``.
+        Of weights of ``nn.Linear`` or Hugging Face's ``Conv1D``, such as ``"encoder.0.query.weight"``;
+        `linear_weights` finds them. Layers that share a weight share its module.
     kind
         ``"lora"``, or ``"adapter"``, the bottleneck.
     rank
@@ -168,19 +212,26 @@ def add_adapters(
     Raises
     ------
     ValueError
-        For an unknown kind or name, a tied weight, a rank outside [1, min(d_in, d_out)], another layer than those
-        two, or one that has a small module or is in masked training. The model is unchanged.
+        For an unknown kind or name, a rank outside [1, min(d_in, d_out)], a weight of another layer than those two
+        (or tied to one), or a layer that has a small module or is in masked training. The model is unchanged.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
     places = check_places(model, dict.fromkeys((names,) if isinstance(names, str) else names, rank))
     generator = torch.Generator().manual_seed(seed)
     make = LoRA if kind == "lora" else Adapter
-    for layer, d_in, d_out in places.values():
-        module = make(d_in, d_out, rank, generator=generator, like=layer.weight)
+    return {
+        name: attach(layers, make(d_in, d_out, rank, generator=generator, like=layers[0].weight))
+        for name, (layers, d_in, d_out) in places.items()
+    }
+
+
+def attach(layers: Sequence[Any], module: Any) -> Any:
+    """Put one small module, ``module(x, y) -> y'``, behind the forward of layers that `check_places` found; give it."""
+    for layer in layers:
         layer.adapter = module.train(layer.training)
         layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]
-    return {name: layer.adapter for name, (layer, _, _) in places.items()}
+    return module
 
 
 @cache
@@ -194,14 +245,16 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type("Adapted" + cls.__name__, (cls,), members)
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
-    layers = ((path, m) for path, m in model.named_modules() if hasattr(type(m), "adapter_base"))
-    return {f"{path}.weight".removeprefix("."): layer for path, layer in layers}
+def _layers(model: nn.Module) -> dict[str, list[Any]]:
+    """The layers that have a small module, by the name of their weight."""
+    places = owners(model).items()
+    found = {n: [m for m, part in at if part == "weight" and hasattr(type(m), "adapter_base")] for n, at in places}
+    return {name: layers for name, layers in found.items() if layers}
 
 
-def adapters(model: nn.Module) -> dict[str, LoRA | Adapter]:
-    """The small modules that a model has, ``{weight name: module}``, in model order."""
-    return {name: layer.adapter for name, layer in _layers(model).items()}
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """The small modules that a model has, ``{weight name: module}``, in model order: `LoRA`, `Adapter`, or SoRA's."""
+    return {name: layers[0].adapter for name, layers in _layers(model).items()}
 
 
 def adapter_parameters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -215,15 +268,15 @@ def adapter_parameters(model: nn.Module, names: Sequence[str] | None = None) -> 
     return {prefix + part: p for prefix, module in found for part, p in module.named_parameters()}
 
 
-def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Any]:
-    layers = _layers(model)
-    names = list(layers) if names is None else (names,) if isinstance(names, str) else names
+def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, list[Any]]:
+    found = _layers(model)
+    names = list(found) if names is None else (names,) if isinstance(names, str) else names
     for name in names:
-        if name not in layers:
+        if name not in found:
             raise ValueError(f"names holds {name!r}, which has no small module; print(list(adapters(model)))")
-        if "adapter_base" not in vars(type(layers[name])):
+        if not all("adapter_base" in vars(type(layer)) for layer in found[name]):
             raise ValueError(f"the layer of {name!r} is in masked training; leave that first")
-    return {name: layers[name] for name in names}
+    return {name: found[name] for name in names}
 
 
 def remove_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
@@ -234,9 +287,10 @@ def remove_adapters(model: nn.Module, names: Sequence[str] | None = None) -> Non
     ValueError
         If a name has no small module, or its layer is in masked training. The model is unchanged.
     """
-    for layer in _chosen(model, names).values():
-        del layer.adapter
-        layer.__class__ = type(layer).adapter_base
+    for layers in _chosen(model, names).values():
+        for layer in layers:
+            del layer.adapter
+            layer.__class__ = type(layer).adapter_base
 
 
 @torch.no_grad()
@@ -250,14 +304,13 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None
     ValueError
         As `remove_adapters`, and for a bottleneck Adapter, which is no difference of a weight. The model is unchanged.
     """
-    layers = _chosen(model, names)
-    for name, layer in layers.items():
-        if not isinstance(layer.adapter, LoRA):
+    chosen = _chosen(model, names)
+    for name, (layer, *_) in chosen.items():
+        if not hasattr(layer.adapter, "difference"):
             raise ValueError(f"the small module of {name!r} is a bottleneck Adapter, which cannot be merged; keep it")
-    for layer in layers.values():
-        difference = layer.adapter.difference()
-        weight = layer.weight
-        oriented = difference if issubclass(type(layer), nn.Linear) else difference.t()  # Conv1D holds W^T
+    for layer, *_ in chosen.values():
+        difference, weight = layer.adapter.difference(), layer.weight
+        oriented = difference if isinstance(layer, nn.Linear) else difference.t()  # Conv1D holds W^T
         # (eq-merge)  W <- W + B A
         weight.copy_(weight.to(difference.dtype) + oriented)
-    remove_adapters(model, list(layers))
+    remove_adapters(model, list(chosen))

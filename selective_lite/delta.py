@@ -66,6 +66,11 @@ class Delta:
         """Bytes of the tensors as they are stored."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
+    def _replaced(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """What replaces the base's values, ``{name: (positions, or None for the whole tensor, values)}``."""
+        whole = {name: (None, tensor) for name, tensor in (*self.dense.items(), *self.head.items())}
+        return {**whole, **{name: (self.positions[name], values) for name, values in self.values.items()}}
+
     def _tensors(self) -> dict[str, Tensor]:
         small = {f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()}
         parts = {POSITIONS: self.positions, VALUES: self.values, DENSE: self.dense, HEAD: self.head, MODULES: small}
@@ -112,8 +117,8 @@ class Delta:
                 raise DeltaError(f"model has no parameter {name!r}; this delta is for another base")
             if list(named[name].shape) != shape:
                 raise DeltaError(f"model's {name!r} has shape {list(named[name].shape)}, the delta's base has {shape}")
-            if str(named[name].dtype) != self.metadata["dtypes"][name]:
-                wanted = self.metadata["dtypes"][name]
+            wanted = self.metadata["dtypes"][name]
+            if str(named[name].dtype) != wanted:
                 raise DeltaError(f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it")
         self._check_places(model)
         if self._fingerprint(named) != self.metadata["fingerprint"]:
@@ -128,8 +133,7 @@ class Delta:
         except ValueError as error:
             raise DeltaError(f"model cannot take this delta's small modules: {error}") from None
         for name, (_, d_in, d_out) in places.items():
-            spec = self.metadata["modules"][name]
-            if _shapes(self.modules[name]) != part_shapes(spec["kind"], d_in, d_out, spec["rank"]):
+            if not _fits(self.modules[name], self.metadata["modules"][name], d_in, d_out):
                 raise DeltaError(f"the small module of {name!r} is not for a layer from {d_in} to {d_out} features")
 
     def _fingerprint(self, named: Mapping[str, Tensor]) -> str:
@@ -146,29 +150,24 @@ class Applied:
     """A delta in a model; keeps the k original values, so that `revert` is exact."""
 
     def __init__(self, delta: Delta, model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
-        self._whole = {name: named[name] for name in (*delta.dense, *delta.head)}
-        self._partly = {name: named[name] for name in delta.positions}
-        self._delta, self._model, self._reverted = delta, model, False
+        self._delta, self._model, self._named, self._reverted = delta, model, named, False
         self._modules: dict[str, nn.Module] = {}
-        for name in delta.modules:
+        for name, parts in delta.modules.items():
             spec = delta.metadata["modules"][name]
             self._modules |= add_adapters(model, (name,), kind=spec["kind"], rank=spec["rank"])
-        self._original = {name: p.detach().clone() for name, p in self._whole.items()}
-        self._original |= {name: _at(p, delta.positions[name]) for name, p in self._partly.items()}
-        self._write({**delta.dense, **delta.head, **delta.values})
-
-        with torch.no_grad():
-            for name, module in self._modules.items():
-                for part, p in module.named_parameters():
-                    p.copy_(delta.modules[name][part])
+            self._modules[name].load_state_dict(parts)
+        replaced = delta._replaced()
+        self._original = {name: (where, _at(named[name], where).clone()) for name, (where, _) in replaced.items()}
+        self._write(replaced)
 
     @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, p in self._whole.items():
-            p.copy_(values[name])
-        for name, p in self._partly.items():
-            index = self._delta.positions[name].to(p.device, torch.int64)
-            p.view(-1)[index] = values[name].to(p.device, p.dtype)
+    def _write(self, replaced: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:
+        for name, (where, values) in replaced.items():
+            p = self._named[name]
+            if where is None:
+                p.copy_(values.reshape(p.shape))
+            else:
+                p.view(-1)[where.to(p.device, torch.int64)] = values.to(p.device, p.dtype)
 
     def revert(self) -> None:
         """Give the model back its original bits; a second call does nothing.
@@ -183,15 +182,11 @@ class Applied:
         delta, found = self._delta, adapters(self._model)
         for name, module in self._modules.items():
             if found.get(name) is not module:
-                raise DeltaError(
-                    f"{name!r} no longer has this delta's small module; put it back, or load the base anew"
-                )
+                raise DeltaError(f"{name!r} no longer has this delta's small module; put it back or reload the base")
             for part, p in module.named_parameters():
                 _expect(f"{name}/{part}", p, delta.modules[name][part])
-        for name, value in (*delta.dense.items(), *delta.head.items()):
-            _expect(name, self._whole[name].detach(), value)
-        for name, value in delta.values.items():
-            _expect(name, _at(self._partly[name], delta.positions[name]), value)
+        for name, (where, values) in delta._replaced().items():
+            _expect(name, _at(self._named[name], where), values)
         remove_adapters(self._model, list(self._modules))
         self._write(self._original)
         self._original, self._reverted = {}, True
@@ -231,17 +226,16 @@ def diff(
         modules of its own.
     """
     before = dict(base.named_parameters()) if isinstance(base, nn.Module) else dict(base)
-    small = {
-        n: {part: p.detach().cpu().clone() for part, p in m.named_parameters()} for n, m in adapters(tuned).items()
-    }
-    own = adapter_parameters(tuned)
+    small, own = adapters(tuned), adapter_parameters(tuned)
     if (isinstance(base, nn.Module) and adapters(base)) or any(name in before for name in own):
         raise ValueError("base has small modules; merge or remove them, so that it is an ordinary model")
-    for name, parts in small.items():
-        if any(tensor.dtype != tuned.get_parameter(name).dtype for tensor in parts.values()):
+    for name, module in small.items():
+        if module.kind not in KINDS:
+            raise ValueError(f"tuned has a small module of kind {module.kind!r} at {name!r}; merge it first")
+        if any(p.dtype != tuned.get_parameter(name).dtype for p in module.parameters()):
             raise ValueError(f"tuned has a small module of another dtype than {name!r}; convert the whole model")
     candidates = {name: p for name, p in weights(tuned, head).items() if name not in own}
-    heads = {name: p for name, p in head_weights(tuned, head).items() if name not in own}
+    heads = {name: _copy(p) for name, p in head_weights(tuned, head).items() if name not in own}
     positions, values, dense = {}, {}, {}
     for name, after in candidates.items():
         if name not in before or before[name].shape != after.shape or before[name].dtype != after.dtype:
@@ -249,29 +243,25 @@ def diff(
         flat = after.detach().reshape(-1).cpu()
         changed = (_bits(flat) != _bits(before[name].detach().reshape(-1).cpu())).nonzero().squeeze(1)
         if len(changed) == flat.numel():
-            dense[name] = after.detach().cpu().clone()
+            dense[name] = _copy(after)
         elif len(changed):
             positions[name] = changed.to(torch.int32 if flat.numel() < 2**31 else torch.int64)
             values[name] = flat[changed].clone()
     if not (values or dense or heads or small):
         raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
     stored = {name: {**candidates, **heads}[name] for name in (*positions, *dense, *heads, *small)}
-    delta = Delta(
-        positions,
-        values,
-        dense,
-        {name: p.detach().cpu().clone() for name, p in heads.items()},
-        {
-            "version": 2 if small else 1,
-            "method": method,
-            "total": sum(p.numel() for p in candidates.values()),
-            "shapes": {name: list(p.shape) for name, p in stored.items()},
-            "dtypes": {name: str(p.dtype) for name, p in stored.items()},
-            **({"modules": {n: {"kind": m.kind, "rank": m.rank} for n, m in adapters(tuned).items()}} if small else {}),
-        },
-        small,
-    )
-    delta.metadata["fingerprint"] = delta._fingerprint(before)
+    metadata: dict[str, Any] = {
+        "version": 2 if small else 1,
+        "method": method,
+        "total": sum(p.numel() for p in candidates.values()),
+        "shapes": {name: list(p.shape) for name, p in stored.items()},
+        "dtypes": {name: str(p.dtype) for name, p in stored.items()},
+    }
+    if small:
+        metadata["modules"] = {name: {"kind": module.kind, "rank": module.rank} for name, module in small.items()}
+    modules = {name: {part: _copy(p) for part, p in m.named_parameters()} for name, m in small.items()}
+    delta = Delta(positions, values, dense, heads, metadata, modules)
+    metadata["fingerprint"] = delta._fingerprint(before)
     return delta
 
 
@@ -317,28 +307,27 @@ def load(path: str | os.PathLike) -> Delta:
 def _check(delta: Delta) -> None:
     shapes, dtypes = delta.metadata["shapes"], delta.metadata["dtypes"]
     stored = [*delta.values, *delta.dense, *delta.head]
-    if (
-        set(delta.positions) != set(delta.values)
-        or len(set(stored)) != len(stored)
-        or {*stored, *delta.modules} != set(shapes)
-    ):
+    unique = set(delta.positions) == set(delta.values) and len(set(stored)) == len(stored)
+    if not unique or {*stored, *delta.modules} != set(shapes):
         raise DeltaError("delta's tensors and its metadata do not name the same parameters")
     if not isinstance(delta.metadata["fingerprint"], str):
         raise DeltaError("delta has no fingerprint of its base")
     for name in shapes:
         if not all(isinstance(size, int) and size >= 0 for size in shapes[name]):
             raise DeltaError(f"delta's shape of {name!r} is {shapes[name]}")
-    for name, values in delta.values.items():
-        index, size = delta.positions[name], prod(shapes[name])
+    for name, (index, values) in delta._replaced().items():
+        if index is None:
+            if list(values.shape) != shapes[name]:
+                raise DeltaError(f"delta's {name!r} has shape {list(values.shape)}, its metadata say {shapes[name]}")
+            continue
         if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or index.shape != values.shape:
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
+        size = prod(shapes[name])
         if len(index) == 0 or index[0] < 0 or index[-1] >= size or (index.long().diff() <= 0).any():
             raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
-    for name, tensor in (*delta.dense.items(), *delta.head.items()):
-        if list(tensor.shape) != shapes[name]:
-            raise DeltaError(f"delta's {name!r} has shape {list(tensor.shape)}, its metadata say {shapes[name]}")
-    small = ((name, tensor) for name, parts in delta.modules.items() for tensor in parts.values())
-    for name, tensor in (*delta.values.items(), *delta.dense.items(), *delta.head.items(), *small):
+    replaced = [(name, values) for name, (_, values) in delta._replaced().items()]
+    small = [(name, tensor) for name, parts in delta.modules.items() for tensor in parts.values()]
+    for name, tensor in replaced + small:
         if str(tensor.dtype) != dtypes[name] or not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}, its metadata say {dtypes[name]}")
     _check_modules(delta)
@@ -351,20 +340,24 @@ def _check_modules(delta: Delta) -> None:
         raise DeltaError("delta's small modules and its metadata do not name the same parameters")
     for name, spec in specs.items():
         kind, rank, shape = spec["kind"], spec["rank"], shapes[name]
-        fits = kind in KINDS and type(rank) is int and len(shape) == 2 and 1 <= rank <= min(shape)
-        if not fits or _shapes(delta.modules[name]) not in (
-            part_shapes(kind, shape[1], shape[0], rank),
-            part_shapes(kind, shape[0], shape[1], rank),
-        ):
+        known = kind in KINDS and type(rank) is int and len(shape) == 2 and 1 <= rank <= min(shape)
+        if not known or not any(_fits(delta.modules[name], spec, *sizes) for sizes in (shape, shape[::-1])):
             raise DeltaError(f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}")
 
 
-def _shapes(parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {part: tuple(tensor.shape) for part, tensor in parts.items()}
+def _fits(parts: Mapping[str, Tensor], spec: Mapping[str, Any], d_in: int, d_out: int) -> bool:
+    """Whether these are the tensors of a small module of this kind and rank, for a layer from `d_in` to `d_out`."""
+    found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    return found == part_shapes(spec["kind"], d_in, d_out, spec["rank"])
 
 
-def _at(tensor: Tensor, positions: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1)[positions.to(tensor.device, torch.int64)].cpu()
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _at(tensor: Tensor, positions: Tensor | None) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return (flat if positions is None else flat[positions.to(tensor.device, torch.int64)]).cpu()
 
 
 def _bits(tensor: Tensor) -> Tensor:

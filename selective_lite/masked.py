@@ -10,14 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .params import owners, starts_with
+from .params import check_names, check_prefixes, owners, starts_with
 from .select import Selection
 
 SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
@@ -62,9 +61,14 @@ class masked:
             raise ValueError("model is already in masked training; leave that first")
         named = dict(model.named_parameters())
         places = owners(model)
-        dense_names = _dense_names(named, (dense,) if isinstance(dense, str) else dense)
+        prefixes = check_prefixes(dense, named, "dense")
+        dense_names = [name for name in named if starts_with(name, prefixes)]
+        check_names(selection.indices, named, "selection")
         for name, positions in selection.indices.items():
-            _check(name, positions, selection.shapes[name], named, places, dense_names, shrinks)
+            if name in dense_names:
+                raise ValueError(f"dense and selection both name {name!r}; train it one way")
+            whole = len(positions) == named[name].numel() and not shrinks
+            _check(name, whole, selection.shapes[name], named[name], places[name])
 
         self.model, self.selection = model, selection
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -128,7 +132,10 @@ class masked:
             for module, attribute in self._places[name]:
                 index = attribute + SUFFIX + "_index"
                 setattr(module, index, getattr(module, index)[kept])
-            values.data = values.data[kept]
+            kept_values = values.data[kept]
+            # While the last loss lives, autograd has a node that expects the old length: a change of dtype drops it.
+            values.data = kept_values.half()
+            values.data = kept_values
             values.grad = None if gradient is None else gradient[kept]
 
     def close(self) -> None:
@@ -151,46 +158,35 @@ class masked:
         self.close()
 
 
-def _dense_names(named: dict[str, nn.Parameter], prefixes: Sequence[str]) -> list[str]:
-    for prefix in prefixes:
-        if not any(starts_with(name, (prefix,)) for name in named):
-            raise ValueError(f"dense names {prefix!r}, which is no parameter or prefix of this model")
-    return [name for name in named if starts_with(name, prefixes)]
-
-
 def _check(
-    name: str,
-    positions: Tensor,
-    shape: tuple[int, ...],
-    named: dict[str, nn.Parameter],
-    places: dict[str, list[tuple[nn.Module, str]]],
-    dense: Sequence[str],
-    shrinks: bool,
+    name: str, whole: bool, shape: tuple[int, ...], parameter: nn.Parameter, places: Sequence[tuple[nn.Module, str]]
 ) -> None:
-    if name not in named:
-        raise ValueError(f"selection names {name!r}, which is no parameter of this model (or a tied one's second name)")
-    if tuple(named[name].shape) != tuple(shape):
-        raise ValueError(f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(named[name].shape)}")
-    if name in dense:
-        raise ValueError(f"dense and selection both name {name!r}; train it one way")
-    if len(positions) == prod(shape) and not shrinks:
+    if tuple(parameter.shape) != tuple(shape):
+        raise ValueError(f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(parameter.shape)}")
+    if whole:
         return
-    if not named[name].is_contiguous():
+    if not parameter.is_contiguous():
         raise ValueError(f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first")
-    for module, attribute in places[name]:
+    for module, attribute in places:
         if "forward" in vars(module):
             raise ValueError(
                 f"selection[{name!r}] is in a module whose forward was replaced (a hook?); remove that first"
             )
-        if len(shape) > 1 and not (attribute == "weight" and _product(type(module)) is not None):
-            raise ValueError(
-                f"selection[{name!r}] is part of a {type(module).__name__}, which has no sampled gradient; select it "
-                "whole, or only weights of nn.Linear, nn.Embedding and Conv1D"
-            )
-        if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
-            raise ValueError(f"selection[{name!r}] is an embedding with max_norm or sparse gradients; unset these")
-        if getattr(module, "scale_grad_by_freq", False):
-            raise ValueError(f"selection[{name!r}] is an embedding with scale_grad_by_freq; unset it")
+        reason = obstacle(module, attribute)
+        if reason is not None:
+            raise ValueError(f"selection[{name!r}] {reason}")
+
+
+def obstacle(module: nn.Module, attribute: str) -> str | None:
+    """Why a part of this module's tensor cannot be selected, in words that follow its name; None where it can."""
+    tensor = module._parameters[attribute]
+    if tensor is not None and tensor.dim() > 1 and not (attribute == "weight" and _product(type(module)) is not None):
+        return (
+            f"is part of a {type(module).__name__}, which has no sampled gradient; select it whole, or only weights of "
+            "nn.Linear, nn.Embedding and Conv1D"
+        )
+    refused = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(module, option, None)]
+    return f"is an embedding with {refused[0]}; unset it" if refused else None
 
 
 def write_selected(module: nn.Module, attribute: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -41,16 +41,20 @@ def starts_with(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
+def check_prefixes(prefixes: str | Sequence[str], names: Collection[str], what: str) -> tuple[str, ...]:
+    """The prefixes as a tuple; raise a `ValueError` that names the first one under which there is none of `names`."""
+    found = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
+    for prefix in found:
+        if not any(starts_with(name, (prefix,)) for name in names):
+            known = next(iter(names), None)
+            raise ValueError(f"{what}={prefix!r} names no parameter; give names or prefixes, such as {known!r}")
+    return found
+
+
 def _head_prefixes(model: nn.Module, head: Sequence[str] | None) -> tuple[str, ...]:
     if head is None:
         return tuple(name for name, _ in model.named_children() if name in HEADS)
-    prefixes = (head,) if isinstance(head, str) else tuple(head)
-    for prefix in prefixes:
-        if not any(starts_with(name, (prefix,)) for name, _ in model.named_parameters()):
-            raise ValueError(
-                f"head={prefix!r} names no parameter; give names or prefixes out of model.named_parameters()"
-            )
-    return prefixes
+    return check_prefixes(head, dict(model.named_parameters()), "head")
 
 
 def _floating(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -142,15 +146,28 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A block in which of a model's parameters exactly these require gradients; every flag is put back after it."""
+    flags, chosen = [(p, p.requires_grad) for p in model.parameters()], set(parameters)
+    try:
+        for p, _ in flags:
+            p.requires_grad_(p in chosen)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A detached copy of every unique parameter, ``{name: tensor}``, on the parameter's device and dtype."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def check_names(given: Mapping[str, object], known: Mapping[str, Tensor], what: str) -> None:
-    """Raise a `ValueError` that names the first key of `given` that is no parameter among `known`."""
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"{what} names {name!r}, which is no parameter of this model (or a tied one's second name)"
-            )
+def check_names(given: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise a `ValueError` that says the first of the names `given` that is no parameter among `known`."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{what} holds {unknown[0]!r}, which is no parameter of this model (or a tied one's second name)"
+        )

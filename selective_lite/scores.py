@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .params import check_names, modes_kept, starts_with, weights
+from .params import check_prefixes, modes_kept, only_trainable, starts_with, weights
 
 Scores = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -44,10 +43,9 @@ def movement(model: nn.Module, start: Mapping[str, Tensor], head: Sequence[str] 
         If `start` lacks a candidate, or holds it in another shape.
     """
     candidates = weights(model, head)
-    check_names(candidates, start, "model")
     for name, p in candidates.items():
-        if start[name].shape != p.shape:
-            raise ValueError(f"start[{name!r}] has shape {tuple(start[name].shape)}, the model {tuple(p.shape)}")
+        if name not in start or start[name].shape != p.shape:
+            raise ValueError(f"start has no {name!r} of shape {tuple(p.shape)}; give a snapshot of this model")
     return {name: (p.detach() - start[name]).abs() for name, p in candidates.items()}
 
 
@@ -212,10 +210,7 @@ def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
     ValueError
         If a prefix names nothing.
     """
-    prefixes = (frozen,) if isinstance(frozen, str) else tuple(frozen)
-    for prefix in prefixes:
-        if not any(starts_with(name, (prefix,)) for name in scores):
-            raise ValueError(f"frozen={prefix!r} names no candidate; give names or prefixes out of weights(model)")
+    prefixes = check_prefixes(frozen, scores, "frozen")
     return {name: torch.zeros_like(s) if starts_with(name, prefixes) else s for name, s in scores.items()}
 
 
@@ -237,23 +232,6 @@ def _drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) ->
     return drawn.reshape(probabilities.shape[:-1]).to(logits.device)
 
 
-@contextmanager
-def _scoring(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode with gradients for `parameters` only; every module's mode and every flag is put back."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with modes_kept(model):
-            model.eval()
-            for p, _ in flags:
-                p.requires_grad_(False)
-            for p in parameters:
-                p.requires_grad_(True)
-            yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
 def _accumulate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -267,7 +245,8 @@ def _accumulate(
     # In half precision a sum of a thousand squares would saturate.
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     count = 0
-    with _scoring(model, parameters), torch.enable_grad():
+    with modes_kept(model), only_trainable(model, parameters), torch.enable_grad():
+        model.eval()
         for batch in batches:
             gradients = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
             count += 1

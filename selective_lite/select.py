@@ -61,13 +61,10 @@ class Selection:
 
     def masks(self) -> dict[str, Tensor]:
         """The same selection as boolean tensors in the weights' shapes, on CPU."""
-        return {name: self._mask(name) for name in self.shapes}
-
-    def _mask(self, name: str) -> Tensor:
-        mask = torch.zeros(prod(self.shapes[name]), dtype=torch.bool, device="cpu")
-        if name in self.indices:
-            mask[self.indices[name]] = True
-        return mask.reshape(self.shapes[name])
+        found = {name: torch.zeros(shape, dtype=torch.bool, device="cpu") for name, shape in self.shapes.items()}
+        for name, positions in self.indices.items():
+            found[name].view(-1)[positions] = True
+        return found
 
     def overlap(self, other: Selection) -> float:
         """Shared weights over the smaller count, in [0, 1]; two random selections share about ``other.fraction``."""
@@ -123,7 +120,7 @@ def select(
         if nonzero < k:
             raise ValueError(f"budget={budget} asks for {k} weights, but only {nonzero} scores are non-zero; lower it")
 
-    keys = _keys(scores, largest)
+    keys = sort_keys(scores, largest)
     cutoff, ties = _kth_key(keys, k, bits=64 if any(s.dtype == torch.float64 for s in scores.values()) else 32)
     indices: dict[str, list[Tensor]] = {}
     for name, start, key in keys():
@@ -141,8 +138,22 @@ def select(
 Keys = Callable[[], Iterator[tuple[str, int, Tensor]]]
 
 
-def _keys(scores: Mapping[str, Tensor], largest: bool) -> Keys:
-    """Chunks of integer keys on CPU, in the order of the scores: (tensor name, first flat position, keys)."""
+def sort_keys(scores: Mapping[str, Tensor], largest: bool) -> Keys:
+    """Scores as integers of the same order: a function that goes through them in chunks, as often as it is called.
+
+    Parameters
+    ----------
+    scores
+        ``{name: tensor}``, floating point, any device.
+    largest
+        Whether the largest score has the largest key, or the smallest.
+
+    Returns
+    -------
+    callable
+        ``() -> iterator`` over (tensor name, first flat position, keys), in the order of the scores; keys are on CPU,
+        int32, or int64 where a score is float64. Scores are equal if and only if their keys are.
+    """
     wide = any(score.dtype == torch.float64 for score in scores.values())
     as_float, as_int, low = (
         (torch.float64, torch.int64, (1 << 63) - 1) if wide else (torch.float32, torch.int32, (1 << 31) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .masked import masked
-from .params import head_weights, modes_kept
+from .params import head_weights, modes_kept, only_trainable
 from .scores import Loss, model_loss
 from .select import Selection
 
@@ -28,6 +29,11 @@ def constant(progress: float) -> float:
 def linear_decay(progress: float) -> float:
     """A schedule: from the group's learning rate to zero, linear in progress through the phase (0 to 1)."""
     return 1.0 - progress
+
+
+def cosine_decay(progress: float) -> float:
+    """A schedule: from the group's learning rate to zero along half a cosine."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass
@@ -47,7 +53,8 @@ class Phase:
         Added to the loss at every step, a scalar tensor with gradient.
     before_step, after_step
         Called between backward and clipping (to change gradients), and after the optimizer's step. Both get the
-        fraction of the phase that is done with this step, in (0, 1], and the optimizer (SoRA needs its rate).
+        fraction of the phase that is done with this step, in (0, 1], and the optimizer, whose groups still have the
+        learning rates of this step (SoRA needs one).
     model
         Called in place of the model, where a phase wraps it (Diff Pruning's gates).
     clip
@@ -153,14 +160,19 @@ def _steps(
             for group in opt.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], phase.clip)
         opt.step()
-        rates.step()
         if phase.after_step:
             phase.after_step(step / steps, opt)
+        rates.step()
         yield {"phase": phase.name, "step": step, "loss": task.item(), "penalty": penalty.item()}
 
 
 def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:
     return lambda step: schedule(min(step / steps, 1.0))
+
+
+def head_group(parameters: Sequence[nn.Parameter], lr: float, lr_head: float | None, **options: Any) -> list[Group]:
+    """The parameter group of the task head, at `lr_head` or, if that is None, at `lr`; none where there is no head."""
+    return [{"params": list(parameters), "lr": lr if lr_head is None else lr_head, **options}] if parameters else []
 
 
 def fixed_mask(
@@ -196,9 +208,7 @@ def fixed_mask(
     """
     with masked(model, selection, dense=tuple(head_weights(model, head))) as training:
         groups: list[Group] = [{"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}]
-        if training.dense_parameters():
-            rate = lr if lr_head is None else lr_head
-            groups.append({"params": training.dense_parameters(), "lr": rate, "weight_decay": weight_decay})
+        groups += head_group(training.dense_parameters(), lr, lr_head, weight_decay=weight_decay)
         yield Phase(name, groups, epochs, selection=selection)
 
 
@@ -216,14 +226,6 @@ def dense(
     heads = head_weights(model, head)
     body = [p for n, p in model.named_parameters() if n not in heads and p.is_floating_point()]
     groups: list[Group] = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
-    if heads:
-        rate = lr if lr_head is None else lr_head
-        groups.append({"params": list(heads.values()), "lr": rate, "weight_decay": weight_decay})
-    flags = {p: p.requires_grad for group in groups for p in group["params"]}
-    try:
-        for p in flags:
-            p.requires_grad_(True)
+    groups += head_group(list(heads.values()), lr, lr_head, weight_decay=weight_decay)
+    with only_trainable(model, [*body, *heads.values()]):
         yield Phase(name, groups, epochs)
-    finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)

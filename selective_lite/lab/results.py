@@ -109,6 +109,30 @@ def unpack(text: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(bool)
 
 
+def of(rows: Iterable[Row], method: str, budget: float | str) -> list[Row]:
+    """The rows of a method at a budget, by seed."""
+    found = [row for row in rows if (row["config"]["method"], row["config"]["budget"]) == (method, budget)]
+    return sorted(found, key=lambda row: row["config"]["seed"])
+
+
+def compare(ours: Iterable[Row], theirs: Iterable[Row]) -> tuple[float, float, float]:
+    """Mean difference in accuracy over the seeds that both have, and its 95 % interval, in points.
+
+    Raises
+    ------
+    ValueError
+        If they have no seed in common.
+    """
+    correct = [
+        {row["config"]["seed"]: unpack(row["correct"], row["tested"]) for row in rows} for rows in (ours, theirs)
+    ]
+    common = sorted(correct[0].keys() & correct[1].keys())
+    if not common:
+        raise ValueError(f"ours has seeds {sorted(correct[0])}, theirs {sorted(correct[1])}: none in common")
+    difference, low, high = paired_difference(*([found[seed] for seed in common] for found in correct))
+    return 100 * difference, 100 * low, 100 * high
+
+
 def paired_difference(
     ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:

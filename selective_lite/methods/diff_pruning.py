@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..gates import Stretch, check_stretch, deterministic_gate, hard_concrete, open_probability
-from ..groups import GROUPINGS, Grouping
 from ..params import head_weights, resolve_budget, weights
 from ..select import Selection, select
 from ..train import Phase, constant, fixed_mask
 from .calibration import Calibration
+from .groups import GROUPINGS, Grouping
 
 U_EPS = 1e-4  # the authors' code keeps u in [1e-4, 1 - 1e-4]
 

@@ -7,9 +7,9 @@ from collections.abc import Generator, Sequence
 
 from torch import nn
 
-from ..params import head_weights, weights
+from ..params import head_weights, only_trainable, weights
 from ..select import Selection, rule
-from ..train import Group, Phase
+from ..train import Group, Phase, head_group
 
 BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
@@ -95,7 +95,6 @@ def layerwise_rates(
         members = [p for name, p in weights(model, head).items() if depth[name] == level]
         # (eq-layerwise)  lr_l = lr * decay^(L - l)
         groups.append({"params": members, "lr": lr * decay ** (deepest - level), "weight_decay": 0.0})
-    heads = list(head_weights(model, head).values())
-    if heads:
-        groups.append({"params": heads, "lr": lr if lr_head is None else lr_head, "weight_decay": 0.0})
-    yield Phase("layer-wise", groups, epochs)
+    groups += head_group(list(head_weights(model, head).values()), lr, lr_head, weight_decay=0.0)
+    with only_trainable(model, [p for group in groups for p in group["params"]]):
+        yield Phase("layer-wise", groups, epochs)

@@ -72,6 +72,7 @@ def lt_sft(
     epochs: tuple[int, int],
     iterations: int = 1,
     l1: float = 0.0,
+    lr_dense: float | None = None,
     lr_head: float | None = None,
     head: Sequence[str] | None = None,
     frozen: Sequence[str] = (),
@@ -85,8 +86,9 @@ def lt_sft(
         Any module, trained in place. Where a dense phase is interrupted, the model is where that phase began.
     budget
         k, a count or a fraction of the candidates; an iteration adds k / iterations of them to the ticket.
-    lr, lr_head
-        Of the weights and of the head, in both phases.
+    lr, lr_dense, lr_head
+        Of the weights in the masked phase; in the dense phase (default `lr`, as in the authors' code, but a sparse
+        mask wants a larger rate than dense training); and of the head in both (default: that of the weights).
     epochs
         Of the dense phase, and of the masked phase.
     iterations
@@ -121,12 +123,13 @@ def lt_sft(
     if not l1 >= 0:
         raise ValueError(f"l1={l1} must be 0 or more; it weighs a penalty")
     theta0 = snapshot(model) if l1 else {}
-    rates: dict[str, Any] = {"lr": lr, "lr_head": lr_head, "head": head, "weight_decay": weight_decay}
+    rate_dense = lr if lr_dense is None else lr_dense
+    common: dict[str, Any] = {"lr_head": lr_head, "head": head, "weight_decay": weight_decay}
     chosen: Selection | None = None
     for i in range(iterations):
         start = snapshot(model)
         try:
-            with closing(dense(model, epochs=epochs[0], **rates)) as phases:
+            with closing(dense(model, lr=rate_dense, epochs=epochs[0], **common)) as phases:
                 for phase in phases:
                     phase.groups[0]["params"] = [theta[name] for name in free]
                     if l1:
@@ -138,7 +141,7 @@ def lt_sft(
             rewind(model, start)
         chosen = most_moved(moved, k * (i + 1) // iterations - k * i // iterations, chosen)
         del moved, start  # each as large as the model
-        with closing(fixed_mask(model, chosen, epochs=epochs[1], name="masked", **rates)) as phases:
+        with closing(fixed_mask(model, chosen, lr=lr, epochs=epochs[1], name="masked", **common)) as phases:
             for phase in phases:
                 if l1:
                     origin = [

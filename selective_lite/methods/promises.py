@@ -11,8 +11,8 @@ MEANING: dict[Promise, str] = {
     "rule-sized": "a rule on names, not a budget, says how many weights are trained",
     "nearest": "the number of trained weights is the nearest to the budget that whole modules allow",
     "rest bit-identical": "every weight that is neither selected nor of the head keeps its bits",
-    "sparse": "what was trained ships as a delta of the selected weights and the head alone",
-    "additive": "modules are added; the base's own weights outside the head keep their bits",
+    "sparse": "what was trained ships as a delta of the selected weights, small modules and the head alone",
+    "additive": "modules are trained beside the base's own weights, which keep their bits until a module is merged",
 }
 
 _SELECTED: tuple[Promise, ...] = ("exact k", "rest bit-identical", "sparse")
@@ -30,6 +30,9 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "child_tuning_d": _SELECTED,
     "lt_sft": _SELECTED,
     "diff_pruning": _SELECTED,
+    "sara": _SELECTED,  # given a budget; weights that outgrow the threshold stop training, and are still in the delta
+    "spt": ("nearest", "rest bit-identical", "sparse"),
+    "sora": ("additive", "rest bit-identical"),  # merged in the end: a matrix that had a module then differs everywhere
 }
 
 

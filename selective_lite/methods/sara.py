@@ -19,7 +19,7 @@ from ..masked import masked
 from ..params import head_weights, weights
 from ..scores import magnitude
 from ..select import Selection, select
-from ..train import Group, Phase, Schedule
+from ..train import Group, Phase, Schedule, cosine_decay, head_group
 
 FEWEST = 100  # as in the authors' code, a matrix with no more selected entries has no nuclear-norm loss
 
@@ -28,11 +28,6 @@ def learning_rate(threshold: float) -> float:
     """The authors' rate for a threshold (code): the more small weights are trained, the slower; 4.97e-4 at 2e-3."""
     # (eq-sara-rate)  lr = 10^-3 exp(-350 t)
     return 1e-3 * math.exp(-350 * threshold)
-
-
-def cosine_decay(progress: float) -> float:
-    """A schedule: from the group's learning rate to zero along half a cosine (the authors' choice)."""
-    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def below(model: nn.Module, threshold: float, head: Sequence[str] | None = None) -> Selection:
@@ -185,20 +180,9 @@ class Progressive:
         if not any(kept.any() for kept in keep.values()):
             raise ValueError(f"no selected weight is below {self.threshold:.3g} after step {self.step}; lower lr")
         self.training.shrink(keep, optimizer)
-        for name, values in self.values.items():
-            self.positions[name] = self.positions[name][keep[name].cpu()]
-            _renew_gradient_node(values)
+        for name, kept in keep.items():
+            self.positions[name] = self.positions[name][kept.cpu()]
         self.counts.append(sum(len(positions) for positions in self.positions.values()))
-
-
-def _renew_gradient_node(parameter: nn.Parameter) -> None:
-    """Let autograd see a parameter's new length: while the last loss lives, it keeps a node that expects the old one.
-
-    Only a change of dtype (or device) makes autograd drop that node; the values come back untouched.
-    """
-    values = parameter.data
-    parameter.data = values.to(torch.float16)
-    parameter.data = values
 
 
 def sara(
@@ -238,7 +222,7 @@ def sara(
     min_side
         The nuclear norm is that of a matrix with both sides over this.
     schedule
-        Of both rates.
+        Of both rates; half a cosine is the authors' choice.
     weight_decay
         Of selected weights and head; it pulls values to zero.
     head
@@ -277,8 +261,7 @@ def sara(
         rate = learning_rate(threshold) if lr is None else lr
         common: Group = {"weight_decay": weight_decay, "schedule": schedule}
         groups: list[Group] = [{"params": training.parameters(), "lr": rate, **common}]
-        if heads:
-            groups.append({"params": training.dense_parameters(), "lr": rate if lr_head is None else lr_head, **common})
+        groups += head_group(training.dense_parameters(), rate, lr_head, **common)
         yield Phase(
             "SaRA",
             groups,

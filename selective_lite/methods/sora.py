@@ -15,33 +15,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..lowrank import attach, detach, sides, update_sites
+from ..adapters import attach, check_places, linear_weights, merge_adapters
 from ..masked import compact_parameters
 from ..params import head_weights
-from ..train import Phase, Schedule, constant
+from ..train import Phase, Schedule, constant, head_group
 
 
 class GatedLowRank(nn.Module):
-    """(alpha/r) B (g * A x), with A (r, inputs) drawn as in LoRA, B (outputs, r) zero and g (r,) drawn from N(0, 1)."""
+    """A small module (alpha/r) B (g * A x), with A (r, d_in) drawn as in LoRA, B zero and g (r,) drawn from N(0, 1)."""
 
-    def __init__(self, outputs: int, inputs: int, rank: int, scaling: float, generator: torch.Generator) -> None:
+    kind = "sora"
+
+    def __init__(self, d_in: int, d_out: int, rank: int, scaling: float, generator: torch.Generator) -> None:
         super().__init__()
-        bound = inputs**-0.5  # what kaiming_uniform_(a=sqrt(5)) gives
-        a = torch.rand(rank, inputs, generator=generator, device="cpu")
+        bound = d_in**-0.5  # what kaiming_uniform_(a=sqrt(5)) gives
+        a = torch.rand(rank, d_in, generator=generator, device="cpu")
         self.A = nn.Parameter((2 * a - 1) * bound)
-        self.B = nn.Parameter(torch.zeros(outputs, rank, device="cpu"))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device="cpu"))
         self.gate = nn.Parameter(torch.randn(rank, generator=generator, device="cpu"))
         self.scaling = scaling
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The update of a layer's output, (..., inputs) -> (..., outputs)."""
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output y (..., d_out) with the share of its input x (..., d_in) added."""
         # (eq-sora)  y = W0 x + (alpha/r) B (g * A x)
-        return self.scaling * functional.linear(self.gate * functional.linear(x.to(self.A.dtype), self.A), self.B)
+        update = self.scaling * functional.linear(self.gate * functional.linear(x.to(self.A.dtype), self.A), self.B)
+        return y + update.to(y.dtype)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """A plain LoRA of scaling 1 without the closed ranks: A' = (alpha/r) g A and B, detached."""
         opened = self.gate.detach() != 0
         return self.scaling * self.gate.detach()[opened, None] * self.A.detach()[opened], self.B.detach()[:, opened]
+
+    def difference(self) -> Tensor:
+        """(alpha/r) B diag(g) A, (d_out, d_in)."""
+        a, b = self.plain()
+        return b @ a
 
 
 class SoRA:
@@ -58,7 +66,7 @@ class SoRA:
     alpha
         The updates are scaled by alpha / r.
     targets
-        As in `update_sites`: ends of module names, or None for all.
+        As in `linear_weights`: ends of module names, or None for all.
     head
         As in `weights`; trained beside the updates.
     seed
@@ -74,7 +82,7 @@ class SoRA:
     Raises
     ------
     ValueError
-        If a target names nothing or what has no low-rank update, the rank is not between 1 and a matrix's smaller
+        If a target names nothing or what has no low-rank update, the rank is no int between 1 and a matrix's smaller
         side, or the model is already in masked or SoRA training. The model is unchanged.
     """
 
@@ -90,24 +98,23 @@ class SoRA:
     ) -> None:
         if any(compact_parameters(model)) or any(isinstance(module, GatedLowRank) for module in model.modules()):
             raise ValueError("model is already in masked or SoRA training; leave that first")
-        self.sites, heads = update_sites(model, targets, head), head_weights(model, head)
-        for name, layers in self.sites.items():
-            if not 1 <= rank <= min(sides(layers[0])):
-                raise ValueError(f"rank={rank} is outside [1, {min(sides(layers[0]))}], the smaller side of {name!r}")
+        places = check_places(model, dict.fromkeys(linear_weights(model, targets, head), rank))
+        heads = head_weights(model, head)
         self.model, self.closed = model, False
         self.updates: dict[str, GatedLowRank] = {}
-        self._names = {module: name for name, module in model.named_modules()}
+        paths = {module: path for path, module in model.named_modules()}
+        self._paths = {name: [paths[layer] for layer in layers] for name, (layers, _, _) in places.items()}
         self._dense = list(heads.values())
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
             p.requires_grad_(name in heads)
             p.grad = None
         generator = torch.Generator().manual_seed(seed)
-        for name, layers in self.sites.items():
-            weight = model.get_parameter(name)
-            update = GatedLowRank(*sides(layers[0]), rank, alpha / rank, generator)
-            self.updates[name] = update.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            attach(layers, update)
+        for name, (layers, d_in, d_out) in places.items():
+            weight = layers[0].weight
+            update = GatedLowRank(d_in, d_out, rank, alpha / rank, generator)
+            update.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            self.updates[name] = attach(layers, update)
 
     def gates(self) -> list[nn.Parameter]:
         """The gates, one vector an update."""
@@ -152,26 +159,23 @@ class SoRA:
         tensors, ranks = {}, {}
         for weight, update in self.updates.items():
             a, b = update.plain()
-            for name in (self._names[layer] for layer in self.sites[weight] if len(a)):
-                tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().clone()
-                tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().clone()
-                ranks["^" + re.escape(name)] = len(a)
+            for path in self._paths[weight] if len(a) else ():
+                tensors[f"base_model.model.{path}.lora_A.weight"] = a.cpu().clone()
+                tensors[f"base_model.model.{path}.lora_B.weight"] = b.cpu().clone()
+                ranks["^" + re.escape(path)] = len(a)
         if not ranks:
             raise ValueError("every rank is closed, nothing is left to export; lower lam")
         config: dict[str, Any] = {"r": max(ranks.values()), "lora_alpha": max(ranks.values())}
         pattern = "|".join(key.removeprefix("^") for key in ranks)
         return tensors, {**config, "rank_pattern": ranks, "alpha_pattern": dict(ranks), "target_modules": pattern}
 
-    @torch.no_grad()
     def close(self) -> None:
         """Merge the updates into the weights and make the model an ordinary one again; twice does nothing."""
         if self.closed:
             return
         self.closed = True
-        for name, update in self.updates.items():
-            a, b = update.plain()
-            # (eq-sora-merge)  W = W0 + (alpha/r) B diag(g) A
-            detach(self.sites[name], b @ a)
+        # (eq-sora-merge)  W = W0 + (alpha/r) B diag(g) A
+        merge_adapters(self.model, list(self.updates))
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._flags[name])
 
@@ -202,16 +206,12 @@ class Proximal:
         self.gates, self.lam, self.schedule, self.xi = gates, lam, schedule, xi
         self.path: list[dict[str, float]] = []
 
-    def before_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
-        """Note the rate of this step: after it, the scheduler has already set the next one."""
-        groups = [g for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"])]
-        self.lr = float(groups[0]["lr"])
-
     @torch.no_grad()
     def after_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         """Shrink every gate, by lr * lambda, or by the fixed xi."""
+        lr = next(g["lr"] for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"]))
         # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
-        xi = (self.lr * self.lam if self.xi is None else self.xi) * self.schedule(progress)
+        xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(progress)
         for gate in self.gates:
             gate.copy_(soft_threshold(gate, xi))
         self.path.append({"xi": xi, "open": float(sum(int(gate.count_nonzero()) for gate in self.gates))})
@@ -269,10 +269,7 @@ def sora(
         groups = [
             {"params": update.factors(), "lr": lr, "weight_decay": weight_decay},
             {"params": update.gates(), "lr": lr, "weight_decay": 0.0},
+            *head_group(update.dense_parameters(), lr, lr_head, weight_decay=weight_decay),
         ]
-        if update.dense_parameters():
-            rate = lr if lr_head is None else lr_head
-            groups.append({"params": update.dense_parameters(), "lr": rate, "weight_decay": weight_decay})
-        before, after = proximal.before_step, proximal.after_step
-        yield Phase("SoRA", groups, epochs, before_step=before, after_step=after, clip=clip)
+        yield Phase("SoRA", groups, epochs, after_step=proximal.after_step, clip=clip)
         update.prune()

@@ -26,8 +26,8 @@ from ..adapters import (
     merge_adapters,
     remove_adapters,
 )
-from ..masked import masked
-from ..params import check_names, head_weights, owners, resolve_budget, starts_with, weights
+from ..masked import masked, obstacle
+from ..params import check_names, check_prefixes, head_weights, owners, resolve_budget, starts_with, weights
 from ..scores import check_scores
 from ..select import Selection, select
 from ..train import Group, Phase
@@ -127,7 +127,7 @@ def allocate(
             f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the charge would fall with tau"
         )
     candidates = weights(model, head)
-    used = _used(model, scores, (exclude,) if isinstance(exclude, str) else tuple(exclude), candidates)
+    used = _used(model, scores, exclude, candidates)
     prices = _prices(model, used, kind, rank, alpha, beta)
     k = resolve_budget(budget, sum(p.numel() for p in candidates.values()))
     least = min((price for name, (_, price) in prices.items() if used[name].dim() == 2), default=0)
@@ -175,31 +175,22 @@ def _prices(
 
 
 def _used(
-    model: nn.Module, scores: Mapping[str, Tensor], exclude: tuple[str, ...], candidates: Mapping[str, Tensor]
+    model: nn.Module, scores: Mapping[str, Tensor], exclude: Sequence[str], candidates: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The scores of tensors that take part."""
     check_names(scores, candidates, "scores")
+    exclude = check_prefixes(exclude, candidates, "exclude")
     for name, score in scores.items():
         if score.shape != candidates[name].shape:
             shape = tuple(candidates[name].shape)
             raise ValueError(f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model")
-    for prefix in exclude:
-        if not any(starts_with(name, (prefix,)) for name in candidates):
-            raise ValueError(f"exclude names {prefix!r}, which is no tensor or prefix among weights(model)")
     places = owners(model)
-    partly = (n for n in scores if scores[n].dim() <= 1 or all(_samples(*place) for place in places[n]))
+    partly = (n for n in scores if all(obstacle(*place) is None for place in places[n]))
     used = {name: scores[name] for name in partly if not starts_with(name, exclude)}
     if not used:
         raise ValueError("scores and exclude leave no tensor that can be trained in part")
     check_scores(used)
     return used
-
-
-def _samples(module: nn.Module, attribute: str) -> bool:
-    """Whether masked training can train a matrix of this module in part."""
-    plain = type(module) is nn.Embedding and module.max_norm is None and not module.sparse
-    table = plain and not module.scale_grad_by_freq
-    return attribute == "weight" and (table or linear_sizes(module) is not None)
 
 
 def spt(

@@ -15,7 +15,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ..select import _keys, select
+from ..select import select, sort_keys
 
 BUCKETS = 1 << 16
 Charge = Callable[[str, Tensor], Tensor]  # (tensor's name, counts of its sensitive weights) -> what they cost
@@ -33,7 +33,7 @@ def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
     k
         The budget, a count.
     """
-    keys, bits = _keys(scores, True), 64 if any(s.dtype == torch.float64 for s in scores.values()) else 32
+    keys, bits = sort_keys(scores, True), 64 if any(s.dtype == torch.float64 for s in scores.values()) else 32
     above, prefix = dict.fromkeys(scores, 0), 0
 
     def histograms(shift: int) -> Iterator[tuple[str, Tensor]]:

@@ -72,7 +72,6 @@ def gate_steps(golden, run, prox, monkeypatch, **threshold):
     path = []
     for step, gradient in enumerate(golden["steps_grads"], 1):
         gate.grad = gradient.clone()
-        proximal.before_step(step / 4, optimizer)
         optimizer.step()
         proximal.after_step(step / 4, optimizer)
         path.append(gate.detach().clone())

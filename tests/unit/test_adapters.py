@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import selective_lite as sl
-from selective_lite.adapters import adapter_parameters, charge, linear_sizes
+from selective_lite.adapters import adapter_parameters, attach, charge, check_places, linear_sizes, linear_weights
 
 MODELS = ("toy", "bert", "llama", "gpt2")
 KINDS = ("lora", "adapter")
@@ -206,6 +206,130 @@ def test_a_state_assigned_to_a_model_with_modules_is_used(build, batches):
     assert torch.equal(logits(model, batch), logits(other, batch))
 
 
+def shared():
+    """Two linear layers that share a weight, and an input."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
+    model["b"].weight = model["a"].weight
+    return model, torch.randn(2, 3)
+
+
+def test_layers_that_share_a_weight_share_a_module_and_are_merged_once():
+    model, x = shared()
+    (module,) = sl.add_adapters(model, "a.weight", rank=2).values()
+    assert model["a"].adapter is model["b"].adapter is module
+    assert list(sl.adapters(model)) == ["a.weight"]
+    stir(model)
+    expected = [model[name](x) for name in "ab"]
+    sl.merge_adapters(model)
+    assert model["b"].weight is model["a"].weight
+    for name, y in zip("ab", expected, strict=True):
+        torch.testing.assert_close(model[name](x), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_module_is_taken_out_of_all_its_layers_and_travels_in_a_delta(kind):
+    base, x = shared()
+    model = copy.deepcopy(base)
+    sl.add_adapters(model, "a.weight", kind=kind, rank=2)
+    stir(model)
+    plain, expected = base["b"](x), model["b"](x)
+    assert not torch.equal(plain, expected)
+    with sl.diff(base, model).apply(base):
+        assert torch.equal(base["b"](x), expected)
+    sl.remove_adapters(model)
+    for one in (base, model):
+        assert torch.equal(one["b"](x), plain)
+        assert [type(m) for m in one.values()] == [nn.Linear, nn.Linear]
+
+
+class Product(nn.Module):
+    """y + u v x, a rank-one difference in float32 beside whatever precision."""
+
+    kind = "product"
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.randn(1, 3))
+
+    def forward(self, x, y):
+        return y + (x.to(self.v.dtype) @ self.difference().t()).to(y.dtype)
+
+    def difference(self):
+        return self.u.detach() @ self.v.detach()
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv1D"])
+def test_a_module_of_ones_own_is_attached_and_merges_with_one_rounding(name):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4) if name == "Linear" else Conv1D(4, 3)).bfloat16()
+    weight, keys, module = model[0].weight.detach().clone(), list(model.state_dict()), Product()
+    ((layers, d_in, d_out),) = check_places(model, {"0.weight": 1}).values()
+    assert (layers, d_in, d_out) == ([model[0]], 3, 4)
+    attach(layers, module)
+    assert model(torch.randn(2, 3).bfloat16()).dtype == torch.bfloat16
+    assert sl.adapters(model) == {"0.weight": module}
+    with pytest.raises(ValueError, match=r"tuned has a small module of kind 'product' at '0\.weight'; merge it first"):
+        sl.diff({n: p.detach() for n, p in model.named_parameters() if "adapter" not in n}, model)
+    sl.merge_adapters(model)
+    difference = module.difference() if name == "Linear" else module.difference().t()
+    assert torch.equal(model[0].weight, (weight.float() + difference).bfloat16())
+    assert list(model.state_dict()) == keys
+
+
+def test_every_linear_layer_outside_the_head_can_have_a_module(build):
+    assert linear_weights(build("toy")) == ["first.weight", "second.weight"]
+    assert linear_weights(build("toy"), head=("second",)) == ["first.weight", "classifier.weight"]
+    assert len(linear_weights(build("bert"))) == 2 * 6 + 1
+    assert not any("classifier" in name for name in linear_weights(build("bert")))
+    assert linear_weights(shared()[0]) == ["a.weight"]
+
+
+def test_a_matrix_tied_to_an_embedding_cannot(build):
+    assert len(linear_weights(build("llama"))) == 2 * 7
+    assert not any("lm_head" in name or "embed" in name for name in linear_weights(build("llama")))
+    assert [name.split(".", 3)[-1] for name in linear_weights(build("gpt2"))][:4] == [
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    ]
+
+
+def test_targets_are_ends_of_names_at_a_dot(build):
+    model = build("bert")
+    names = linear_weights(model, ("attention.output.dense", "query"))
+    assert len(names) == 4
+    assert all(name.endswith(("query.weight", "attention.output.dense.weight")) for name in names)
+    assert "query" in names[0]  # in model order
+    assert linear_weights(build("toy"), "first") == ["first.weight"]
+    assert linear_weights(shared()[0], "b") == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("bert", "uery"),
+        ("bert", "classifier"),
+        ("bert", "word_embeddings"),
+        ("bert", "attention"),
+        ("llama", "lm_head"),
+        ("toy", "norm"),
+    ],
+)
+def test_a_target_that_names_nothing_fitting_raises(build, kind, target):
+    with pytest.raises(ValueError, match=f"targets names '{target}', which is no nn.Linear or Conv1D outside the head"):
+        linear_weights(build(kind), (target,))
+
+
+def test_a_model_without_a_plain_layer_raises():
+    for model, _ in (_scaled(), _replaced(), (nn.Sequential(nn.Embedding(3, 3)), "")):
+        with pytest.raises(ValueError, match=r"no nn\.Linear or Conv1D outside its head"):
+            linear_weights(model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_have_the_dtype_and_device_of_their_weight(kind):
     model = nn.Sequential(
@@ -280,7 +404,7 @@ def _scaled():
 
 
 def _tied():
-    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Embedding(3, 3)})
     model["b"].weight = model["a"].weight
     return model, "a.weight"
 
@@ -321,7 +445,7 @@ def _plain(d_in=3, d_out=4):
         (lambda: (nn.Sequential(nn.Embedding(3, 4)), "0.weight"), {}, "'rest.0.weight' belongs to a Embedding"),
         (_scaled, {}, "'rest.0.weight' belongs to a Scaled"),
         (_integers, {}, "'rest.0.weight' belongs to a Linear; only floating-point weights"),
-        (_tied, {}, "'rest.a.weight' is tied: it belongs to 2 layers"),
+        (_tied, {}, "'rest.a.weight' belongs to a Linear and a Embedding; only"),
         (_twice, {}, "layer of 'rest.0.weight' has a small module already"),
         (_masked, {}, "layer of 'rest.0.weight' is in masked training"),
         (_replaced, {}, "'rest.0.weight' is in a layer whose forward was replaced"),

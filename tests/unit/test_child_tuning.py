@@ -165,7 +165,7 @@ def test_bad_options_of_d_raise_and_the_model_is_as_it_was(build, batches):
     before = sl.snapshot(model)
     for options, message in (
         ({"reduction": "mean"}, "reduction='mean' is unknown"),
-        ({"frozen": ("frist",)}, "frozen='frist' names no candidate"),
+        ({"frozen": ("frist",)}, "frozen='frist' names no parameter"),
         ({"p": 1.0}, "scores are non-zero; lower it"),  # rows of words that no sample has
     ):
         with pytest.raises(ValueError, match=message):

@@ -581,7 +581,7 @@ def _tied(model):
         (lambda model: setattr(model, "oblong", nn.Linear(6, 4)), r"'oblong.weight' has shape \[4, 6\]"),
         (lambda model: model.double(), "'oblong.weight' is torch.float64"),
         (_subclass, "cannot take this delta's small modules: 'oblong.weight' belongs to a Scaled"),
-        (_tied, "cannot take this delta's small modules: 'oblong.weight' is tied"),
+        (_tied, "cannot take this delta's small modules: 'oblong.weight' belongs to a Linear and a Emb"),
         (_conv1d_oblong, "the small module of 'oblong.weight' is not for a layer from 6 to 4 features"),
         (
             lambda model: sl.add_adapters(model, "oblong.weight", rank=1),

@@ -125,7 +125,7 @@ def test_the_head_may_be_named(build, batches):
         ({"budget": 10**6}, ValueError, "budget=1000000 is outside"),
         ({"batches": []}, ValueError, "batches is empty"),
         ({"batches": [], "fisher": "expected"}, ValueError, "batches is empty"),
-        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no candidate"),
+        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no parameter"),
         ({"head": ("clasifier",)}, ValueError, "head='clasifier' names no parameter"),
     ],
 )

@@ -56,6 +56,15 @@ def test_each_layer_learns_slower_than_the_one_above_it(build, batches):
     assert not torch.equal(before["bert.pooler.dense.weight"], model.bert.pooler.dense.weight)
 
 
+def test_frozen_weights_learn_too_and_are_frozen_again_after_it(build, batches):
+    model = build("bert")
+    frozen = model.bert.pooler.dense.weight.requires_grad_(False)
+    before = frozen.clone()
+    sl.fit(model, layerwise_rates(model, lr=0.1, decay=0.5, epochs=1), batches("bert", 1))
+    assert not torch.equal(frozen, before)
+    assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
+
+
 def test_bad_decay_and_a_model_without_blocks_raise(build):
     for decay in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"decay={decay} is outside"):

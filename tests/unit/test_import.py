@@ -23,7 +23,8 @@ def state():
             dict(os.environ), sys.path[:])
 before, loaded = state(), set(sys.modules)
 import selective_lite
-from selective_lite.methods import bitfit, child_tuning, diff_pruning, fish, freezing, lt_sft, promises
+from selective_lite.methods import bitfit, child_tuning, diff_pruning, fish, freezing
+from selective_lite.methods import groups, lt_sft, promises, sara, sora, spt, sweep
 assert state() == before
 new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
 print(*sorted(new - set(sys.stdlib_module_names)), *(name for name in sys.argv[1:] if name in sys.modules))

@@ -100,6 +100,25 @@ def test_each_phase_has_a_new_optimizer_its_epochs_and_rates(build, batches):
         assert one["phase"].penalty is None
 
 
+@pytest.mark.parametrize(
+    ("options", "dense", "masked"),
+    [
+        ({}, [0.5, 0.5], [0.5, 0.5]),
+        ({"lr_dense": 0.01}, [0.01, 0.01], [0.5, 0.5]),
+        ({"lr_dense": 0.0}, [0.0, 0.0], [0.5, 0.5]),
+        ({"lr_dense": 0.01, "lr_head": 0.2}, [0.01, 0.2], [0.5, 0.2]),
+    ],
+)
+def test_the_dense_phase_may_have_its_own_rate(build, options, dense, masked):
+    model = build("toy")
+    method = lt_sft(model, 9, lr=0.5, epochs=(1, 1), **options)
+    assert [group["lr"] for group in next(method).groups] == dense
+    with torch.no_grad():
+        model.first.weight += 1.0
+    assert [group["lr"] for group in next(method).groups] == masked
+    method.close()
+
+
 def test_the_head_may_be_named(build, batches):
     model, data = build("toy"), batches("toy", 2)
     start, head = sl.snapshot(model), ("second", "classifier")
@@ -168,7 +187,7 @@ def test_an_interrupt_leaves_an_ordinary_model_and_no_dense_change(build, batche
         ({"iterations": 0}, ValueError, r"iterations=0 is outside \[1, 9\]"),
         ({"iterations": 10}, ValueError, r"iterations=10 is outside \[1, 9\]"),
         ({"l1": -0.1}, ValueError, "l1=-0.1 must be 0 or more"),
-        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no candidate"),
+        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no parameter"),
         ({"budget": 100, "frozen": ("embedding",)}, ValueError, "asks for 100 weights, but only 98 are not frozen"),
         ({"head": ("clasifier",)}, ValueError, "head='clasifier' names no parameter"),
     ],

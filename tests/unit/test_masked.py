@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
-from selective_lite.masked import sampled_product
+from selective_lite.masked import obstacle, sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
 
@@ -484,8 +484,8 @@ def _replaced_forward():
         (_attention, "'in_proj_weight'.* is part of a MultiheadAttention, which has no sampled gradient"),
         (_convolution, "'1.weight'.* is part of a Conv2d"),
         (_subclass, "'1.weight'.* is part of a Scaled"),
-        (_unknown, "selection names 'wieght', which is no parameter"),
-        (_second_name, "selection names 'b.weight', which is no parameter"),
+        (_unknown, "selection holds 'wieght', which is no parameter"),
+        (_second_name, "selection holds 'b.weight', which is no parameter"),
         (_shape, r"'weight'.* is for shape \(9,\), the model has \(3, 3\)"),
         (_embedding(max_norm=1.0), "max_norm"),
         (_embedding(sparse=True), "sparse"),
@@ -508,7 +508,10 @@ def test_what_cannot_be_masked_raises_and_the_model_is_as_it_was(make, message):
 
 @pytest.mark.parametrize(
     ("dense", "message"),
-    [(("clasifier",), "dense names 'clasifier'"), (("first",), "dense and selection both name 'first.weight'")],
+    [
+        (("clasifier",), "dense='clasifier' names no parameter"),
+        (("first",), "dense and selection both name 'first.weight'"),
+    ],
 )
 def test_a_bad_dense_name_raises(build, pick, dense, message):
     model = build("toy")
@@ -558,6 +561,33 @@ def test_masked_training_makes_its_tensors_beside_the_weights():
         model(ids).square().sum().backward()
         assert {p.grad.device.type for p in training.parameters()} == {"cpu"}
         assert math.isfinite(sum(float(p.grad.sum()) for p in training.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute", "reason"),
+    [
+        (nn.Linear(3, 4), "weight", None),
+        (nn.Linear(3, 4), "bias", None),
+        (nn.Embedding(3, 4), "weight", None),
+        (nn.LayerNorm(4), "weight", None),
+        (nn.LayerNorm((2, 4)), "weight", "is part of a LayerNorm, which has no sampled gradient"),
+        (nn.Conv2d(1, 2, 3), "weight", "is part of a Conv2d"),
+        (nn.Conv2d(1, 2, 3), "bias", None),
+        (nn.MultiheadAttention(4, 2), "in_proj_weight", "is part of a MultiheadAttention"),
+        (nn.Embedding(3, 4, max_norm=1.0), "weight", "is an embedding with max_norm; unset it"),
+        (nn.Embedding(3, 4, sparse=True), "weight", "is an embedding with sparse; unset it"),
+        (nn.Embedding(3, 4, scale_grad_by_freq=True), "weight", "is an embedding with scale_grad_by_freq"),
+    ],
+)
+def test_what_cannot_be_selected_in_part_says_why(module, attribute, reason):
+    found = obstacle(module, attribute)
+    assert (found is None) if reason is None else found.startswith(reason)
+    selection = sl.Selection({attribute: torch.tensor([1])}, {attribute: tuple(getattr(module, attribute).shape)})
+    if reason is None:
+        sl.masked(module, selection).close()
+    else:
+        with pytest.raises(ValueError, match=f"'{attribute}'.* {reason}"):
+            sl.masked(module, selection)
 
 
 def half(count):
@@ -621,6 +651,29 @@ def test_shrinking_equals_a_dense_loop_whose_mask_shrinks(build, batches, pick):
     training.close()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, reference.get_parameter(name), rtol=1e-10, atol=1e-12)
+
+
+def test_shrinking_after_a_step_of_fit(build, batches, pick):
+    # `fit` still holds the loss of the step: autograd has not yet forgotten how long the vectors were.
+    model, data = build("toy"), batches("toy", 4)
+    selection = pick(model, per_tensor=6)
+    keep = {name: half(len(index)) for name, index in selection.indices.items()}
+    at_drop, steps = [], []
+    with sl.masked(model, selection, shrinks=True) as training:
+
+        def after_step(progress, optimizer):
+            steps.append(progress)
+            if len(steps) == 2:
+                at_drop.extend(p.detach().clone() for p in training.parameters())
+                training.shrink(keep, optimizer)
+
+        groups = [{"params": training.parameters(), "lr": 0.01, "schedule": sl.constant}]
+        sl.fit(model, [sl.Phase("shrinks", groups, 1, after_step=after_step)], data)
+    assert len(steps) == 4
+    for (name, index), values in zip(selection.indices.items(), at_drop, strict=True):
+        moved = model.get_parameter(name).detach().view(-1)[index] != values
+        assert not moved[~keep[name]].any(), name
+        assert moved[keep[name]].any() or name == "embedding.weight", name  # not every word occurs
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Promises: the table's every promise, on BERT, a ViT and a tied Llama, in float32, bfloat16 and under accumulation."""
 
+import math
 from contextlib import closing
 from functools import cache, partial
 
@@ -14,20 +15,35 @@ from selective_lite.methods.fish import fish
 from selective_lite.methods.freezing import last_layers, layerwise_rates
 from selective_lite.methods.lt_sft import lt_sft
 from selective_lite.methods.promises import MEANING, PROMISES, table
+from selective_lite.methods.sara import sara
+from selective_lite.methods.sora import SoRA, sora
+from selective_lite.methods.spt import allocate, spt
 
 K = 60
 KINDS = ("bert", "vit", "llama")
 SETTINGS = ("float32", "bfloat16", "accumulation")
 LR, EPOCHS = 0.05, 2
-# No part of a ViT's convolution and bare parameters can be masked; Diff Pruning selects from all but the head, so there
-# they count as the head.
+# No part of a ViT's convolution and bare parameters can be masked; Diff Pruning and SaRA select from all but the head,
+# so there they count as the head.
 FROZEN = {"vit": ("vit.embeddings",)}
-HEAD = {("diff_pruning", "vit"): ("classifier", "vit.embeddings")}
+HEAD = {(name, "vit"): ("classifier", "vit.embeddings") for name in ("diff_pruning", "sara")}
+BUDGET, ALPHA, BETA = 200, 10.0, 5.0  # of SPT: enough for some modules
 
 
 def fixed_mask(model, data, kind):
     scores = sl.exclude(sl.uniform(model, 0), FROZEN.get(kind, ()))
     return sl.fixed_mask(model, sl.random_nonzero(scores, K, seed=1), lr=LR, epochs=EPOCHS, weight_decay=0.1)
+
+
+def targets(model):
+    """What SoRA updates here: some matrices, by their paths."""
+    return [name.removesuffix(".weight") for name in sl.linear_weights(model)[1:4]]
+
+
+def spend(model, data):
+    """SPT's scores and what it makes of them: modules, whole vectors and single weights."""
+    scores = sl.squared_gradient(model, data, reduction="batch")
+    return scores, allocate(model, scores, BUDGET, rank=1, alpha=ALPHA, beta=BETA)
 
 
 # A row a method: how the tests call it.
@@ -49,6 +65,13 @@ METHODS = {
     ),
     "diff_pruning": lambda model, data, kind: diff_pruning(
         model, K, lr_w=0.02, lr=LR, lr_alpha=1.0, epochs=(3, EPOCHS), head=HEAD.get(("diff_pruning", kind))
+    ),
+    "sara": lambda model, data, kind: sara(
+        model, budget=K, lr=1e-4, lr_head=LR, lam=0, epochs=EPOCHS, head=HEAD.get(("sara", kind))
+    ),
+    "spt": lambda model, data, kind: spt(model, spend(model, data)[1], lr=LR, epochs=EPOCHS, weight_decay=0.1),
+    "sora": lambda model, data, kind: sora(
+        SoRA(model, 2, targets=targets(model)), lr=LR, lr_head=LR, lam=0.01, epochs=EPOCHS
     ),
 }
 IMPOSSIBLE = {("bitfit", "llama")}  # no biases
@@ -87,29 +110,57 @@ def accumulate(model, phases, data):
             model.eval()
 
 
+def pretrained(model, dtype):
+    """The model with no weight at zero, as if it had been trained: a new one has biases that are."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) / 50)
+    return model.to(dtype)
+
+
+def outside_phase(name, model, data, head):
+    """The weights that may change where a phase does not say it: found before the training, without the method."""
+    if name == "sara":  # re-selected
+        return sl.select(sl.magnitude(model, head), K, largest=False)
+    if name == "sora":
+        return sl.rule(model, lambda n, p: n.removesuffix(".weight") in targets(model))
+    if name == "spt":  # single weights are in its phase's selection, whole vectors are not
+        _, spent = spend(model, data)
+        whole = {n: torch.arange(model.get_parameter(n).numel()) for n in spent.whole}
+        shapes = {n: tuple(p.shape) for n, p in sl.weights(model).items()}
+        return sl.Selection({**spent.selection.indices, **whole}, shapes)
+    return None
+
+
 class Run:
     """A method, run on a fresh model: the base's bits, the model after, the selection of the last phase."""
 
     def __init__(self, build, batches, name, kind, setting, seed):
         self.name, self.batch = name, batches(kind, 1)[0]
-        self.fresh = lambda: build(kind).to(torch.bfloat16 if setting == "bfloat16" else torch.float32)
+        self.fresh = lambda: pretrained(build(kind), torch.bfloat16 if setting == "bfloat16" else torch.float32)
         self.model = self.fresh()
         self.base, self.keys = sl.snapshot(self.model), list(self.model.state_dict())
         head = HEAD.get((name, kind))
-        data = batches(kind, 2 + seed)[seed:]  # another seed is another task
+        self.data = batches(kind, 2 + seed)[seed:]  # another seed is another task
+        data = self.data
         method = METHODS[name](self.model, data, kind)
-        self.selection = None
+        self.selection = outside_phase(name, self.fresh(), data, head)
 
         def phases():
             with closing(method):
                 for phase in method:
-                    self.selection = phase.selection
+                    self.selection = self.selection if name in ("sara", "sora", "spt") else phase.selection
                     yield phase
+                    # Trained, and not yet merged or put back.
+                    self.inside = {n: p.detach().clone() for n, p in self.model.named_parameters() if n in self.base}
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             (accumulate if setting == "accumulation" else sl.fit)(self.model, phases(), data)
-        self.candidates, self.head = sl.weights(self.model, head), sl.head_weights(self.model, head)
+        self.candidates = {n: p for n, p in sl.weights(self.model, head).items() if n in self.base}
+        self.head = sl.head_weights(self.model, head)
+        self.modules = sl.adapters(self.model)
         self.delta = partial(sl.diff, self.base, self.model, head=head, method=name)
 
 
@@ -146,16 +197,53 @@ def rest_identical(one, other, path):
     assert set(masks) | set(one.head) == set(one.base)
     for n, p in one.candidates.items():
         assert torch.equal(p.detach()[~masks[n]], one.base[n][~masks[n]]), n
-    assert list(one.model.state_dict()) == one.keys
+    assert [key for key in one.model.state_dict() if ".adapter." not in key] == one.keys
+
+
+def nearest(one, other, path):
+    """No other number of sensitive weights costs what is nearer to the budget; and what is paid for is trained."""
+    scores, spent = spend(one.fresh(), one.data)
+    scores = {n: s for n, s in scores.items() if n not in spent.left_out}
+    cost, tensor = torch.zeros(sum(s.numel() for s in scores.values()), dtype=torch.int64), []
+    for number, score in enumerate(scores.values()):
+        tensor += [number] * score.numel()
+    order = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True, stable=True).indices
+    tensor = torch.tensor(tensor)[order]  # of the most sensitive weight, of the second, ...
+    for number, (name, score) in enumerate(scores.items()):
+        count = (tensor == number).cumsum(0)
+        linear = name in sl.linear_weights(one.fresh(), head=())
+        price = sum(score.shape) if linear else score.numel() if score.dim() <= 1 else 0
+        enough = math.ceil(price / (ALPHA if linear else BETA))
+        cost += torch.where(count >= enough, price, count) if price else count
+    assert abs(spent.charged - BUDGET) == int((cost - BUDGET).abs().min())
+    assert spent.structured  # or it would only be a selection
+    modules = [p for module in one.modules.values() for p in module.parameters()]
+    assert list(one.modules) == list(spent.structured)
+    assert spent.charged == one.selection.count + sum(p.numel() for p in modules)
+    assert all(p.any() for p in modules)
+
+
+def additive(one, other, path):
+    """Before the modules are merged no weight of the base outside the head has moved; then some have, and travel."""
+    assert all(torch.equal(one.inside[n], one.base[n]) for n in one.candidates)
+    assert not any(torch.equal(one.inside[n], one.base[n]) for n in one.head)
+    assert any(not torch.equal(p, one.base[n]) for n, p in one.candidates.items())
+    travels(one, other, path)
 
 
 def sparse(one, other, path):
-    """A small file of the trained weights and the head: saved, loaded, applied, reverted; on, off, and in turn."""
+    """A small file of what was trained and the head alone, that travels."""
     delta, masks = one.delta(), one.selection.masks()
-    assert delta.count <= one.selection.count < 0.1 * one.selection.total
+    modules = sum(p.numel() for module in one.modules.values() for p in module.parameters())
+    assert delta.count <= one.selection.count + modules < 0.1 * one.selection.total
     assert all(masks[n].reshape(-1)[positions.long()].all() for n, positions in delta.positions.items())
     assert all(masks[n].all() for n in delta.dense)
-    delta.save(path)
+    travels(one, other, path)
+
+
+def travels(one, other, path):
+    """The delta is saved, loaded, applied and reverted; it is turned on and off, and another one after it."""
+    one.delta().save(path)
     base = one.fresh()
     before, tuned, plain = bits(base), bits(one.model), outputs(base, one.batch)
     for _ in range(2):
@@ -179,6 +267,8 @@ CHECKS = {
     "rule-sized": partial(sized, ruled),
     "rest bit-identical": rest_identical,
     "sparse": sparse,
+    "nearest": nearest,
+    "additive": additive,
 }
 
 CASES = [

@@ -72,10 +72,23 @@ def test_every_group_follows_its_own_schedule(build, batches):
         for number, group in enumerate(optimizers[-1].param_groups):
             rates[number].append(group["lr"])
 
-    run(model, [sl.Phase("rates", groups, 1, before_step=before_step)], data, optimizer=optimizer)
+    def after_step(progress, optimizer):
+        assert optimizer is optimizers[-1]
+        assert [group["lr"] for group in optimizer.param_groups] == [rates[number][-1] for number in range(3)]
+        seen.append(progress)
+
+    made, seen = sl.Phase("rates", groups, 1, before_step=before_step, after_step=after_step), []
+    run(model, [made], data, optimizer=optimizer)
+    assert len(seen) == 4  # both actions see the rates of the step between them
     assert rates[0] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert rates[1] == pytest.approx([0.2] * 4)
     assert rates[2] == pytest.approx([1.0, 1.25, 1.5, 1.75])
+
+
+def test_cosine_decay_falls_along_half_a_cosine():
+    assert [sl.cosine_decay(progress) for progress in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(
+        [1.0, (1 + 0.5**0.5) / 2, 0.5, 0.0]
+    )
 
 
 def test_every_group_is_clipped_by_itself(build, batches):

@@ -1,0 +1,135 @@
+"""Comparison: rows of several methods, drawn against their size and put into words the same way on every page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from . import plots
+from .results import Row, compare, of
+
+CONTROLS = ("random", "shuffled", "fish_shuffled")
+
+
+def budgets(rows: Iterable[Row], method: str) -> list[float | str]:
+    """The budgets at which a method has rows, largest first; ``"own"`` is that of a rule."""
+    found = {row["config"]["budget"] for row in rows if row["config"]["method"] == method}
+    return sorted(found, key=lambda budget: -1.0 if budget == "own" else -budget)
+
+
+def sizes(rows: Iterable[Row], method: str) -> list[tuple[float, float, float, float]]:
+    """``(trained weights, mean, lowest, highest accuracy over seeds in %)`` at each budget, smallest first."""
+    rows, found = list(rows), []
+    for budget in budgets(rows, method):
+        runs = of(rows, method, budget)
+        accuracy = 100 * np.array([row["accuracy"] for row in runs])
+        found.append(
+            (float(np.mean([row["trained"] for row in runs])), accuracy.mean(), accuracy.min(), accuracy.max())
+        )
+    return sorted(found)
+
+
+def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
+    """A line a method and budget: rate, trained weights, seeds, test accuracy."""
+    rows = list(rows)
+    lines = [f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   test accuracy: mean [lowest, highest seed]"]
+    for method, name in names.items():
+        for budget in budgets(rows, method):
+            runs = of(rows, method, budget)
+            accuracy = 100 * np.array([row["accuracy"] for row in runs])
+            spread = f" [{accuracy.min():.2f}, {accuracy.max():.2f}]" if len(runs) > 1 else "  one seed"
+            size = budget if isinstance(budget, str) else f"{budget:.2%}"
+            first = runs[0]
+            lines.append(
+                f"{name:<22}{size:>8}{first['config']['lr']:>8g}{first['trained']:>12,}   {accuracy.mean():.2f}{spread}"
+            )
+    return "\n".join(lines)
+
+
+def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
+    """Test accuracy against the number of trained weights; full fine-tuning is a line across, controls are grey.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    rows : rows of `results.read`
+    names : mapping of a config's method to its label, in the order of the legend
+
+    Raises
+    ------
+    ValueError
+        No row is of one of these methods.
+    """
+    rows = [row for row in rows if row["config"]["method"] in names]
+    if not rows:
+        raise ValueError(f"rows hold none of {list(names)}")
+    colors = iter(plots.PALETTE)
+    markers = iter("osD^v<>P*X")
+    for method, name in names.items():
+        points = np.array(sizes(rows, method))
+        if not len(points):
+            continue
+        size, mean, low, high = points.T
+        if method == "full":
+            ax.axhspan(low[0], high[0], color=plots.GREY, alpha=0.2, linewidth=0)
+            ax.axhline(mean[0], color=plots.GREY, linestyle="--", linewidth=1.2, label=name)
+            continue
+        color, style = (plots.GREY, ":") if method in CONTROLS else (next(colors), "-")
+        spread = np.stack([mean - low, high - mean])
+        ax.errorbar(size, mean, spread, color=color, linestyle=style, marker=next(markers), capsize=3, label=name)
+    ax.set(xscale="log", xlabel="trained weights beside the head", ylabel="test accuracy in %")
+    ax.legend(fontsize=8.5, loc="best")
+
+
+def described(rows: Iterable[Row], names: Mapping[str, str]) -> str:
+    """What `draw` shows, as a sentence for a figure's alt text."""
+    rows = list(rows)
+    parts = [
+        f"{name} {mean:.1f} % with {size:,.0f}"
+        for method, name in names.items()
+        for size, mean, *_ in sizes(rows, method)
+    ]
+    return "Test accuracy against trained weights, mean and range over seeds: " + "; ".join(parts) + "."
+
+
+def missing(rows: Iterable[Row], names: Mapping[str, str]) -> str:
+    """The labels of the methods that have no rows, or "nothing"."""
+    found = {row["config"]["method"] for row in rows}
+    return ", ".join(name for method, name in names.items() if method not in found) or "nothing"
+
+
+def paired(
+    rows: Iterable[Row], names: Mapping[str, str], pairs: Iterable[tuple[str, str]]
+) -> list[tuple[str, float, float, float]]:
+    """Paired differences ``(label, points, low, high)``, as `plots.interval` draws them, at each budget that has both.
+
+    Full fine-tuning is compared with every budget, and a rule of its own size with every budget of the other.
+    """
+    rows, found = list(rows), []
+    for ours, theirs in pairs:
+        for budget in budgets(rows, ours):
+            for other in budgets(rows, theirs):
+                if budget == other or "own" in (budget, other) or theirs == "full":
+                    title = f"{label(names, ours, budget)} \u2212 {label(names, theirs, other)}"
+                    found.append((title, *compare(of(rows, ours, budget), of(rows, theirs, other))))
+    return found
+
+
+def label(names: Mapping[str, str], method: str, budget: float | str) -> str:
+    """A method's name, with its budget if it has one."""
+    return names[method] if budget in ("own", 1.0) else f"{names[method]} {budget:.2%}"
+
+
+def verdict(low: float, high: float) -> str:
+    """What a 95 % interval of a difference says."""
+    return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+
+
+def sentences(differences: Iterable[tuple[str, float, float, float]]) -> str:
+    """A line for every paired difference: its verdict, the points and the interval."""
+    return "\n".join(
+        f"{title}: {verdict(low, high)}, {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        for title, difference, low, high in differences
+    )

@@ -1,0 +1,77 @@
+"""Comparison: what is drawn and said follows from the rows."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from selective_lite.lab import comparison, results
+
+NAMES = {"full": "full", "random": "random", "ours": "Ours", "rule": "Rule", "absent": "Absent"}
+
+
+def row(method, budget, seed, wrong, trained):
+    correct = torch.ones(400, dtype=torch.bool)
+    correct[torch.randperm(400, generator=torch.Generator().manual_seed(seed))[:wrong]] = False
+    return {
+        "config": {"method": method, "budget": budget, "seed": seed, "lr": 0.01},
+        "accuracy": correct.double().mean().item(),
+        "correct": results.pack(correct),
+        "tested": 400,
+        "trained": trained,
+    }
+
+
+ROWS = [
+    row("full", 1.0, 0, 40, 1000), row("full", 1.0, 1, 44, 1000),
+    row("ours", 0.1, 0, 40, 100), row("ours", 0.1, 1, 44, 100), row("ours", 0.01, 0, 60, 10),
+    row("random", 0.1, 0, 140, 100), row("random", 0.1, 1, 160, 100), row("rule", "own", 0, 50, 33),
+]  # fmt: skip
+
+
+def test_sizes_are_means_and_ranges_over_seeds():
+    np.testing.assert_allclose(comparison.sizes(ROWS, "ours"), [(10, 85, 85, 85), (100, 89.5, 89, 90)])
+
+
+def test_verdicts_follow_the_paired_interval():
+    forest = comparison.paired(ROWS, NAMES, [("ours", "full"), ("ours", "random"), ("random", "ours")])
+    assert [
+        line.rsplit(":", 1)[0] + line.split(":")[1].split(",")[0] for line in comparison.sentences(forest).splitlines()
+    ] == [
+        "Ours 10.00% \u2212 full not distinguishable",
+        "Ours 1.00% \u2212 full worse",
+        "Ours 10.00% \u2212 random 10.00% better",
+        "random 10.00% \u2212 Ours 10.00% worse",
+    ]
+    assert forest[2][1] == -forest[3][1] == pytest.approx(27)
+
+
+def test_a_rule_is_compared_with_every_budget_and_what_has_no_rows_is_named():
+    forest = comparison.paired(ROWS, NAMES, [("rule", "ours"), ("absent", "full")])
+    assert [label for label, *_ in forest] == ["Rule \u2212 Ours 10.00%", "Rule \u2212 Ours 1.00%"]
+    assert comparison.missing(ROWS, NAMES) == "Absent"
+    assert comparison.missing(ROWS, {"ours": "Ours"}) == "nothing"
+
+
+def test_the_table_has_a_line_a_method_and_budget_and_marks_single_seeds():
+    lines = comparison.table(ROWS, NAMES).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["full", "random", "Ours", "Ours", "Rule"]
+    assert ["one seed" in line for line in lines] == [False, False, False, True, True]
+
+
+def test_every_method_with_rows_is_drawn_and_described():
+    _, ax = plt.subplots()
+    comparison.draw(ax, ROWS, NAMES)
+    assert ax.get_legend_handles_labels()[1] == ["full", "random", "Ours", "Rule"]
+    drawn = {tuple(np.round(line.get_xdata())) for line in ax.lines if line.get_marker() in "osD^"}
+    plt.close("all")
+    assert {(10.0, 100.0), (100.0,), (33.0,)} <= drawn
+    text = comparison.described(ROWS, NAMES)
+    assert "Ours 85.0 % with 10; Ours 89.5 % with 100" in text
+    with pytest.raises(ValueError, match="absent"):
+        comparison.draw(ax, ROWS, {"absent": "Absent"})
+
+
+def test_runs_without_a_common_seed_are_refused():
+    with pytest.raises(ValueError, match="none in common"):
+        results.compare([ROWS[0]], [ROWS[1]])

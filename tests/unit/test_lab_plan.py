@@ -1,0 +1,57 @@
+"""The plan and its recipes: every planned method has one, and trains as many weights as its budget says."""
+
+import copy
+
+import pytest
+
+from selective_lite.lab import experiments, plan
+from selective_lite.lab.recipes import RECIPES
+from selective_lite.params import weights
+
+EXACT = ("random", "fish", "sara", "child_tuning_d")
+NEAREST = {"spt": 0.1, "lora": 0.05}  # how far from the budget, as a share of it
+SMALL = {"task": "movies", "train": 16, "validation": 40, "batch": 8, "epochs": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def started():
+    """MiniLM and a small task."""
+    return experiments.start(SMALL)
+
+
+def first_phase(started, method, budget):
+    config = {**SMALL, "method": method, "budget": budget}
+    model, task = copy.deepcopy(started[0]), started[1]
+    total = sum(p.numel() for p in weights(model).values())
+    phases = RECIPES[method](model, task, config, 1e-3)
+    phase = next(phases)
+    trained = experiments._trained(phase, model)
+    fixed = experiments._is_fixed_mask(phase, model)
+    phases.close()
+    return trained, total, fixed
+
+
+def test_every_planned_method_has_a_recipe():
+    assert {method for method, _ in plan.GRIDS} == set(RECIPES)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_an_exact_method_trains_exactly_k_weights(started, method):
+    trained, total, fixed = first_phase(started, method, 0.0002)
+    assert trained == round(0.0002 * total)
+    assert fixed is (method != "sara")  # which has its own schedule and decay
+
+
+@pytest.mark.parametrize("method", NEAREST)
+@pytest.mark.parametrize("budget", plan.FAMILY_BUDGETS)
+def test_modules_come_near_the_budget(started, method, budget):
+    trained, total, fixed = first_phase(started, method, budget)
+    assert abs(trained / (budget * total) - 1) < NEAREST[method]
+    assert not fixed
+
+
+def test_grids_are_parts_of_one_grid_of_half_decades():
+    common = {f"{digit}e-{power:02d}" for digit in (1, 3) for power in range(7)}
+    for grid in plan.GRIDS.values():
+        assert list(grid) == sorted(grid)
+        assert {f"{rate:.0e}" for rate in grid} <= common
