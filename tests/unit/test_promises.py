@@ -287,6 +287,15 @@ def test_a_promise_holds(run, tmp_path, name, kind, setting, promise):
     CHECKS[promise](one, other, tmp_path / "delta.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "promise"), [(name, p) for name, made in PROMISES.items() for p in CHECKS if p not in made]
+)
+def test_what_is_not_promised_does_not_hold(run, tmp_path, name, promise):
+    one, other = (run(name, "bert", "float32", seed) for seed in (0, 1))
+    with pytest.raises((AssertionError, AttributeError, KeyError)):  # without a selection, or a rule, there is none
+        CHECKS[promise](one, other, tmp_path / "delta.safetensors")
+
+
 @pytest.mark.parametrize("name", [name for name, promises in PROMISES.items() if not promises])
 def test_what_promises_nothing_moves_everything(run, name):
     one = run(name, "bert", "float32", 0)
