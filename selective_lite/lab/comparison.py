@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,16 +19,28 @@ def budgets(rows: Iterable[Row], method: str) -> list[float | str]:
     return sorted(found, key=lambda budget: -1.0 if budget == "own" else -budget)
 
 
-def sizes(rows: Iterable[Row], method: str) -> list[tuple[float, float, float, float]]:
-    """``(trained weights, mean, lowest, highest accuracy over seeds in %)`` at each budget, smallest first."""
+class Summary(NamedTuple):
+    """A method's rows at one budget: accuracies are in %, over the seeds."""
+
+    budget: float | str
+    rate: float
+    seeds: int
+    trained: float
+    mean: float
+    lowest: float
+    highest: float
+
+
+def summaries(rows: Iterable[Row], method: str) -> list[Summary]:
+    """A method at each of its budgets, largest first."""
     rows, found = list(rows), []
     for budget in budgets(rows, method):
         runs = of(rows, method, budget)
         accuracy = 100 * np.array([row["accuracy"] for row in runs])
-        found.append(
-            (float(np.mean([row["trained"] for row in runs])), accuracy.mean(), accuracy.min(), accuracy.max())
-        )
-    return sorted(found)
+        trained = float(np.mean([row["trained"] for row in runs]))
+        spread = accuracy.mean(), accuracy.min(), accuracy.max()
+        found.append(Summary(budget, runs[0]["config"]["lr"], len(runs), trained, *map(float, spread)))
+    return found
 
 
 def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
@@ -36,15 +48,10 @@ def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
     rows = list(rows)
     lines = [f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   test accuracy: mean [lowest, highest seed]"]
     for method, name in names.items():
-        for budget in budgets(rows, method):
-            runs = of(rows, method, budget)
-            accuracy = 100 * np.array([row["accuracy"] for row in runs])
-            spread = f" [{accuracy.min():.2f}, {accuracy.max():.2f}]" if len(runs) > 1 else "  one seed"
+        for budget, rate, seeds, trained, mean, lowest, highest in summaries(rows, method):
             size = budget if isinstance(budget, str) else f"{budget:.2%}"
-            first = runs[0]
-            lines.append(
-                f"{name:<22}{size:>8}{first['config']['lr']:>8g}{first['trained']:>12,}   {accuracy.mean():.2f}{spread}"
-            )
+            spread = f" [{lowest:.2f}, {highest:.2f}]" if seeds > 1 else "  one seed"
+            lines.append(f"{name:<22}{size:>8}{rate:>8g}{trained:>12,.0f}   {mean:.2f}{spread}")
     return "\n".join(lines)
 
 
@@ -68,10 +75,10 @@ def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
     colors = iter(plots.PALETTE)
     markers = iter("osD^v<>P*X")
     for method, name in names.items():
-        points = np.array(sizes(rows, method))
-        if not len(points):
+        points = sorted((s.trained, s.mean, s.lowest, s.highest) for s in summaries(rows, method))
+        if not points:
             continue
-        size, mean, low, high = points.T
+        size, mean, low, high = np.array(points).T
         if method == "full":
             ax.axhspan(low[0], high[0], color=plots.GREY, alpha=0.2, linewidth=0)
             ax.axhline(mean[0], color=plots.GREY, linestyle="--", linewidth=1.2, label=name)
@@ -87,9 +94,9 @@ def described(rows: Iterable[Row], names: Mapping[str, str]) -> str:
     """What `draw` shows, as a sentence for a figure's alt text."""
     rows = list(rows)
     parts = [
-        f"{name} {mean:.1f} % with {size:,.0f}"
+        f"{name} {found.mean:.1f} % with {found.trained:,.0f}"
         for method, name in names.items()
-        for size, mean, *_ in sizes(rows, method)
+        for found in reversed(summaries(rows, method))
     ]
     return "Test accuracy against trained weights, mean and range over seeds: " + "; ".join(parts) + "."
 

@@ -29,8 +29,9 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_sizes_are_means_and_ranges_over_seeds():
-    np.testing.assert_allclose(comparison.sizes(ROWS, "ours"), [(10, 85, 85, 85), (100, 89.5, 89, 90)])
+def test_a_summary_has_the_mean_and_the_range_over_seeds():
+    found = [tuple(summary)[2:] for summary in comparison.summaries(ROWS, "ours")]
+    np.testing.assert_allclose(found, [(2, 100, 89.5, 89, 90), (1, 10, 85, 85, 85)])
 
 
 def test_verdicts_follow_the_paired_interval():
