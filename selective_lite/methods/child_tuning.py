@@ -77,7 +77,7 @@ def child_tuning_f(
 
 def draw(shape: torch.Size, p: float, generator: torch.Generator) -> Tensor:
     """Ones with probability p and zeros, bool, on CPU."""
-    return torch.empty(shape, dtype=torch.bool, device="cpu").bernoulli_(p, generator=generator)
+    return torch.rand(shape, generator=generator, device="cpu") < p  # half the time of `bernoulli_`
 
 
 def child_network(
