@@ -163,15 +163,15 @@ def _check(
 ) -> None:
     if tuple(parameter.shape) != tuple(shape):
         raise ValueError(f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(parameter.shape)}")
+    if parameter.is_meta:
+        raise ValueError(f"selection[{name!r}] is on the meta device, which holds no values; load the model first")
     if whole:
         return
     if not parameter.is_contiguous():
         raise ValueError(f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first")
     for module, attribute in places:
         if "forward" in vars(module):
-            raise ValueError(
-                f"selection[{name!r}] is in a module whose forward was replaced (a hook?); remove that first"
-            )
+            raise ValueError(f"selection[{name!r}]: its module's forward was replaced (a hook?); remove that first")
         reason = obstacle(module, attribute)
         if reason is not None:
             raise ValueError(f"selection[{name!r}] {reason}")

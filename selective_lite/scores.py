@@ -220,6 +220,8 @@ def _one_of(argument: str, value: object, allowed: tuple) -> None:
 
 
 def _samples(batch: Batch) -> Iterator[Batch]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batches holds a {type(batch).__name__}; per-sample scores take mappings of tensors")
     size = len(next(iter(batch.values())))
     return ({key: value[i : i + 1] for key, value in batch.items()} for i in range(size))
 

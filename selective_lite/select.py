@@ -108,8 +108,8 @@ def select(
     if not scores:
         raise ValueError("scores is empty; give one tensor of scores for every candidate tensor")
     for name, score in scores.items():
-        if not score.is_floating_point():
-            raise ValueError(f"scores[{name!r}] has dtype {score.dtype}; scores are floating point")
+        if not score.is_floating_point() or score.is_meta:
+            raise ValueError(f"scores[{name!r}] has dtype {score.dtype} on {score.device}; give floats with values")
     total = sum(score.numel() for score in scores.values())
     k = resolve_budget(budget, total if of is None else of)
     if k > total:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .assets import asset
+from .batches import Batches
 from .device import device
 
 SIDE = 28
@@ -34,38 +34,18 @@ class Images:
         return Images(self.pixels[:count], self.labels[:count])
 
     def batches(self, batch_size: int, seed: int | None = None) -> ImageBatches:
-        """Batches: with a seed, in another order at every pass (training), else in a fixed one.
-
-        Raises
-        ------
-        ValueError
-            If `batch_size` is below 1.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        """Batches: with a seed, in another order at every pass (training), else in a fixed one."""
         return ImageBatches(self, batch_size, seed)
 
 
-class ImageBatches:
+class ImageBatches(Batches):
     """Dictionaries of ``pixel_values`` (B, 1, 28, 28), float32 in [-1, 1], and ``labels`` (B,), int64."""
 
-    def __init__(self, images: Images, size: int, seed: int | None) -> None:
-        self.images, self.size = images, size
-        self.order = None if seed is None else random.Random(seed)
+    split: Images
 
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.size)
-
-    def indices(self) -> list[list[int]]:
-        """The images of each batch of one pass."""
-        examples = list(range(len(self.images)))
-        if self.order:
-            self.order.shuffle(examples)
-        return [examples[i : i + self.size] for i in range(0, len(examples), self.size)]
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for group in self.indices():
-            yield {"pixel_values": 2 * self.images.pixels[group] - 1, "labels": self.images.labels[group]}
+    def batch(self, group: list[int]) -> dict[str, Tensor]:
+        """The pixels and labels of these images."""
+        return {"pixel_values": 2 * self.split.pixels[group] - 1, "labels": self.split.labels[group]}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..params import modes_kept
 from .assets import asset
+from .batches import Batches
 
 DOMAINS = ("movies", "tweets", "products", "editorials")
 BY_DOCUMENT = ("products", "editorials")  # their rows are sentences of documents: `document_sentence`
@@ -32,39 +32,28 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def batches(self, batch_size: int, seed: int | None = None) -> Batches:
+    def batches(self, batch_size: int, seed: int | None = None) -> TextBatches:
         """Batches of similar length; with a seed, in another order at every pass (training), else in a fixed one."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        return Batches(self, batch_size, seed)
+        return TextBatches(self, batch_size, seed)
 
 
-class Batches:
-    """Dictionaries of ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64, padded to the longest."""
+class TextBatches(Batches):
+    """Dictionaries of ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64, padded to the longest.
 
-    def __init__(self, split: Split, size: int, seed: int | None) -> None:
-        self.split, self.size = split, size
-        self.order = None if seed is None else random.Random(seed)
+    Texts of one length meet in a batch; with a seed, which of them, and when, is drawn at every pass.
+    """
 
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.size)
+    split: Split
 
-    def indices(self) -> list[list[int]]:
-        """The examples of each batch of one pass."""
-        examples = list(range(len(self.split)))
-        if self.order:
-            self.order.shuffle(examples)  # which examples of one length meet in a batch
-        examples.sort(key=lambda i: len(self.split.tokens[i]))
-        groups = [examples[i : i + self.size] for i in range(0, len(examples), self.size)]
+    def groups(self, examples: list[int]) -> list[list[int]]:
+        """Batches of one length, as far as there are enough."""
+        groups = super().groups(sorted(examples, key=lambda i: len(self.split.tokens[i])))
         if self.order:
             self.order.shuffle(groups)
         return groups
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for group in self.indices():
-            yield self._batch(group)
-
-    def _batch(self, group: list[int]) -> dict[str, Tensor]:
+    def batch(self, group: list[int]) -> dict[str, Tensor]:
+        """The padded tokens, their mask and the labels of these texts."""
         rows = [self.split.tokens[i] for i in group]
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.split.padding] * (width - len(row)) for row in rows])

@@ -75,6 +75,9 @@ class Relaxed(nn.Module):
         self.log_alpha_group: nn.Parameter | None = None
         self.group_ids: list[Tensor] = []
         if grouping is not None:
+            kinds = {f"{p.dtype} on {p.device}" for p in theta.values()}
+            if len(kinds) > 1:
+                raise ValueError(f"model has weights of {sorted(kinds)}; gates of groups need one dtype and one device")
             ids = grouping(model, theta)
             device = self.w[0].device
             self.group_ids = [ids[name].to(device) for name in self.names]

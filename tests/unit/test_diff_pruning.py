@@ -290,3 +290,10 @@ def test_gates_have_the_dtype_of_the_model(build, batches, dtype):
     assert {p.dtype for p in relaxed.parameters()} == {dtype}
     relaxed(**batches("bert", 1)[0]).loss.backward()
     assert relaxed.log_alpha_group.grad.dtype == dtype
+
+
+def test_gates_of_groups_need_one_dtype(build):
+    model = build("bert")
+    model.bert.pooler.double()
+    with pytest.raises(ValueError, match="torch.float64 on cpu.*gates of groups need one dtype"):
+        Relaxed(model, groups="tensor")

@@ -478,6 +478,11 @@ def _replaced_forward():
     return model, selection_of(model, weight=[0, 4])
 
 
+def _without_values():
+    model = nn.Linear(3, 4, device="meta")
+    return model, selection_of(model, weight=[0, 4])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -492,6 +497,7 @@ def _replaced_forward():
         (_embedding(scale_grad_by_freq=True), "scale_grad_by_freq"),
         (_layout, "not contiguous"),
         (_replaced_forward, "forward was replaced"),
+        (_without_values, "'weight'.* is on the meta device, which holds no values"),
     ],
 )
 def test_what_cannot_be_masked_raises_and_the_model_is_as_it_was(make, message):

@@ -289,3 +289,8 @@ def test_a_tied_weight_is_scored_with_the_gradient_of_both_its_uses(build, batch
             losses.append(float(loss(model, data[0])))
     difference = (losses[0] - losses[1]) / (2 * step)
     assert abs(difference) == pytest.approx(float(found[position]), rel=1e-5)
+
+
+def test_samples_are_taken_of_mappings_only(build):
+    with pytest.raises(TypeError, match="batches holds a tuple; per-sample scores take mappings"):
+        sl.squared_gradient(build("toy"), [(torch.ones(2, 3), torch.ones(2))])

@@ -129,6 +129,7 @@ def test_gradient_scores_select_the_same_but_for_rounding_at_the_cutoff(build, b
     [
         ({}, 1, ValueError, "scores is empty"),
         ({"w": torch.arange(3)}, 1, ValueError, r"scores\['w'\] has dtype torch.int64"),
+        ({"v": torch.ones(3), "w": torch.ones(3, device="meta")}, 1, ValueError, r"scores\['w'\] .* on meta"),
         ({"w": torch.tensor([1.0, float("nan")])}, 1, ValueError, r"scores\['w'\] has a value that is not finite"),
         ({"w": torch.tensor([1.0, float("inf")])}, 1, ValueError, "not finite"),
         ({"w": torch.tensor([1.0, -float("inf")])}, 1, ValueError, "not finite"),
