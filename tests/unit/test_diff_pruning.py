@@ -295,5 +295,5 @@ def test_gates_have_the_dtype_of_the_model(build, batches, dtype):
 def test_gates_of_groups_need_one_dtype(build):
     model = build("bert")
     model.bert.pooler.double()
-    with pytest.raises(ValueError, match="torch.float64 on cpu.*gates of groups need one dtype"):
+    with pytest.raises(ValueError, match=r"torch.float64 on cpu.*gates of groups need one dtype"):
         Relaxed(model, groups="tensor")
