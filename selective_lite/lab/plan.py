@@ -45,7 +45,7 @@ GRIDS: dict[tuple[str, float | str], tuple[float, ...]] = {
     ("sara", 0.005): (3e-3, 1e-2, 3e-2, 1e-1),
     ("sara", 0.0002): (1e-2, 3e-2, 1e-1, 3e-1),
     ("unstructured", 0.0002): (3e-3, 1e-2, 3e-2, 1e-1),
-    ("shuffled", 0.0002): (3e-3, 1e-2, 3e-2, 1e-1),
+    ("shuffled", 0.0002): (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     ("fish_shuffled", 0.005): (1e-3, 3e-3, 1e-2, 3e-2),
     ("fish_shuffled", 0.0002): (3e-3, 1e-2, 3e-2, 1e-1),
     ("child_tuning_d", 0.005): (1e-3, 3e-3, 1e-2, 3e-2),
