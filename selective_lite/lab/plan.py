@@ -53,7 +53,7 @@ GRIDS: dict[tuple[str, float | str], tuple[float, ...]] = {
     ("lt_sft", 0.005): (1e-3, 3e-3, 1e-2, 3e-2),
     ("lt_sft", 0.0002): (3e-3, 1e-2, 3e-2, 1e-1),
     ("bitfit", "own"): (1e-3, 3e-3, 1e-2, 3e-2),
-    ("last_layers", "own"): (3e-5, 1e-4, 3e-4, 1e-3),
+    ("last_layers", "own"): (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     ("child_tuning_f", "own"): (1e-5, 3e-5, 1e-4, 3e-4),
     ("sara_threshold", "own"): (3e-4, 1e-3, 3e-3, 1e-2),
     ("sora", "own"): (3e-4, 1e-3, 3e-3, 1e-2),
