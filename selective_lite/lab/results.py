@@ -153,11 +153,11 @@ def paired_difference(
     difference = np.stack([a.astype(float) - b.astype(float) for a, b in zip(ours, theirs, strict=True)])
     seeds, examples = difference.shape
     generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        runs = generator.integers(seeds, size=seeds)
-        weight = np.bincount(generator.integers(examples, size=examples), minlength=examples)
-        means[draw] = (difference[runs].mean(0) * weight).sum() / examples
+    # Examples with the same differences are interchangeable, so only how often each pattern is drawn counts.
+    patterns, counts = np.unique(difference, axis=1, return_counts=True)
+    runs = generator.integers(seeds, size=(draws, seeds))
+    drawn = generator.multinomial(examples, counts / examples, size=draws)
+    means = (patterns[runs].mean(1) * drawn).sum(1) / examples
     low, high = np.quantile(means, [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
 
