@@ -75,19 +75,23 @@ def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
     colors = iter(plots.PALETTE)
     markers = iter("osD^v<>P*X")
     for method, name in names.items():
-        points = sorted((s.trained, s.mean, s.lowest, s.highest) for s in summaries(rows, method))
-        if not points:
+        found = summaries(rows, method)
+        if not found:
             continue
-        size, mean, low, high = np.array(points).T
+        size, mean, low, high = np.array([(s.trained, s.mean, s.lowest, s.highest) for s in found]).T
         if method == "full":
             ax.axhspan(low[0], high[0], color=plots.GREY, alpha=0.2, linewidth=0)
             ax.axhline(mean[0], color=plots.GREY, linestyle="--", linewidth=1.2, label=name)
             continue
         color, style = (plots.GREY, ":") if method in CONTROLS else (next(colors), "-")
         spread = np.stack([mean - low, high - mean])
-        ax.errorbar(size, mean, spread, color=color, linestyle=style, marker=next(markers), capsize=3, label=name)
+        fill = "full" if found[0].seeds > 1 else "none"
+        if fill == "none":
+            ax.set_title("hollow: one seed", loc="right", fontsize=8.5)
+        look = {"color": color, "linestyle": style, "marker": next(markers), "fillstyle": fill}
+        ax.errorbar(size, mean, spread, capsize=3, label=name, **look)
     ax.set(xscale="log", xlabel="trained weights beside the head", ylabel="test accuracy in %")
-    ax.legend(fontsize=8.5, loc="best")
+    ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def described(rows: Iterable[Row], names: Mapping[str, str]) -> str:
