@@ -99,7 +99,7 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 
 if __name__ == "__main__":
-    row = results.run_missing("masked_step", [CONFIG], run, lambda config: ROOTS)[0]
+    row = results.run_missing("masked_step", [[CONFIG]], run, lambda config: ROOTS)[0]
     print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
     for way, median_seconds in row["median_seconds"].items():
         counted = row["bytes"][way]

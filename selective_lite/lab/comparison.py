@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import plots
-from .results import Row, compare, of
+from .results import Row, compare, of, read, stale
 
 CONTROLS = ("random", "shuffled", "fish_shuffled")
 
@@ -17,6 +17,46 @@ def budgets(rows: Iterable[Row], method: str) -> list[float | str]:
     """The budgets at which a method has rows, largest first; ``"own"`` is that of a rule."""
     found = {row["config"]["budget"] for row in rows if row["config"]["method"] == method}
     return sorted(found, key=lambda budget: -1.0 if budget == "own" else -budget)
+
+
+def show(name: str, names: Mapping[str, str]) -> list[Row]:
+    """What ``results/<name>.json`` says of some methods: a table, and accuracy drawn against size.
+
+    Parameters
+    ----------
+    name
+        Of the file.
+    names
+        A config's method to its label.
+
+    Returns
+    -------
+    list of dict
+        The rows.
+
+    Raises
+    ------
+    AssertionError
+        Other code than today's has made one of them.
+    """
+    rows = [row for row in read(name) if row["config"]["method"] in names]
+    assert stale(rows) == [], "the library has changed since: run make results"
+    print(table(rows, names))
+    print("not in results:", missing(rows, names))
+    print(f"{rows[0]['tested']:,} test examples; the commoner answer alone: {rows[0]['majority']:.1%}")
+    with plots.figure(alt=described(rows, names), height=3.6) as (_, ax):
+        draw(ax, rows, names)
+    return rows
+
+
+def forest(differences: Iterable[tuple[str, float, float, float]]) -> None:
+    """Draw paired differences, ``(label, points, low, high)``, with their intervals, and print what each says."""
+    differences = list(differences)
+    said = sentences(differences)
+    alt = "Paired differences of test accuracy in points, 95 % intervals. " + said.replace("\n", "; ")
+    with plots.figure(alt=alt, height=1.0 + 0.3 * len(differences), width=6.6) as (_, ax):
+        plots.interval(ax, differences, unit="points")
+    print(said)
 
 
 class Summary(NamedTuple):

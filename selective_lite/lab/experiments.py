@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -135,6 +135,19 @@ def sweep(config: Config) -> results.Row:
         train(model, task, config, method)
         accuracy[lr] = evaluate(model, task.validation)["accuracy"]
     return {"validation": list(accuracy.values()), **_selected(chosen or first)}
+
+
+def climb(rates: Iterable[float], accuracy: Callable[[float], float], cliff: float = 0.1) -> dict[float, float]:
+    """Validation accuracy at rates from small to large, up to the first that loses `cliff` against the best so far.
+
+    Such a rate has failed, and larger ones do too.
+    """
+    found: dict[float, float] = {}
+    for lr in rates:
+        found[lr] = accuracy(lr)
+        if found[lr] < max(found.values()) - cliff:
+            break
+    return found
 
 
 def _is_fixed_mask(phase: Phase, model: Any) -> bool:

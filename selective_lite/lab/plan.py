@@ -6,7 +6,9 @@ row. Run this file (``make results``) to run what is missing: the movies, and wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -23,6 +25,7 @@ METHODS = ("unstructured", "structured", "random", "shuffled")
 BUDGETS = (0.005, 0.001)
 # The whole family; what has no budget has its own size.
 FAMILY_BUDGETS = (0.005, 0.0002)
+SHUFFLES = ("shuffled", "fish_shuffled")
 ONE_SEED = ("sara_threshold", "bitfit", "last_layers", "child_tuning_f", "child_tuning_d", "lt_sft", "sora")
 # By half decades; sparser masks want larger rates (Xu and Zhang 2024). Widened until no best rate lay on an edge.
 GRIDS: dict[tuple[str, float | str], tuple[float, ...]] = {
@@ -98,9 +101,16 @@ def configs(task: str = "movies", name: str = NAME) -> Iterator[Config]:
 
 
 def everything(name: str, tasks: tuple[str, ...]) -> None:
-    """Run what is missing of the sweeps and rows on these tasks."""
-    results.run_missing(name + "_rates", [c for task in tasks for c in rate_configs(task)], sweep, roots)
-    results.run_missing(name, [c for task in tasks for c in configs(task, name)], run, roots)
+    """Run what is missing of the sweeps and rows on these tasks: on CPU as many side by side as there are cores."""
+    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    results.run_missing(name + "_rates", _rounds(rate_configs, tasks), sweep, roots, workers)
+    results.run_missing(name, _rounds(partial(configs, name=name), tasks), run, roots, workers)
+
+
+def _rounds(planned: Callable[[str], Iterable[Config]], tasks: tuple[str, ...]) -> list[list[Config]]:
+    """Controls that shuffle another method's selection come after it."""
+    found = [config for task in tasks for config in planned(task)]
+    return [[c for c in found if (c["method"] in SHUFFLES) is late] for late in (False, True)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..params import modes_kept
+
 
 class UpperLayers(nn.Module):
     """The last layers of a BERT classifier, its pooler and its head.
@@ -70,6 +72,12 @@ def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def correct(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Which texts are answered right, in evaluation mode, in which the model is left: bool, on CPU."""
-    model.eval()
-    return torch.cat([model(b["hidden"], b["mask"]).argmax(-1) == b["labels"] for b in batches]).cpu()
+    """Which texts are answered right, in evaluation mode: bool, on CPU."""
+    with modes_kept(model):
+        model.eval()
+        return torch.cat([model(b["hidden"], b["mask"]).argmax(-1) == b["labels"] for b in batches]).cpu()
+
+
+def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """The share of texts that are answered right, in [0, 1]."""
+    return correct(model, batches).float().mean().item()

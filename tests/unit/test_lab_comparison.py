@@ -78,3 +78,28 @@ def test_every_method_with_rows_is_drawn_and_described():
 def test_runs_without_a_common_seed_are_refused():
     with pytest.raises(ValueError, match="none in common"):
         results.compare([ROWS[0]], [ROWS[1]])
+
+
+def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "read", lambda name: [dict(r, majority=0.5) for r in ROWS] if name == "toy" else [])
+    monkeypatch.setattr(comparison, "stale", lambda rows: [])
+    drawn = []
+    monkeypatch.setattr(comparison, "draw", lambda ax, rows, names: drawn.append(rows))
+    rows = comparison.show("toy", {"full": "full", "ours": "Ours"})
+    assert [r["config"]["method"] for r in rows] == ["full"] * 2 + ["ours"] * 3
+    assert drawn == [rows]
+    said = capsys.readouterr().out
+    assert "not in results: nothing" in said
+    assert "400 test examples; the commoner answer alone: 50.0%" in said
+    monkeypatch.setattr(comparison, "stale", lambda rows: rows[:1])
+    with pytest.raises(AssertionError, match="make results"):
+        comparison.show("toy", {"full": "full"})
+
+
+def test_a_forest_draws_and_says_every_difference(monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(comparison.plots, "interval", lambda ax, rows, unit: drawn.append((rows, unit)))
+    differences = comparison.paired(ROWS, NAMES, [("ours", "full"), ("ours", "random")])
+    comparison.forest(iter(differences))
+    assert drawn == [(differences, "points")]
+    assert comparison.sentences(differences) in capsys.readouterr().out

@@ -55,3 +55,16 @@ def test_grids_are_parts_of_one_grid_of_half_decades():
     for grid in plan.GRIDS.values():
         assert list(grid) == sorted(grid)
         assert {f"{rate:.0e}" for rate in grid} <= common
+
+
+def test_shuffles_come_in_the_round_after_what_they_shuffle():
+    first, second = plan._rounds(plan.rate_configs, ("movies",))
+    assert {config["method"] for config in second} == set(plan.SHUFFLES)
+    assert {"unstructured", "fish"} <= {config["method"] for config in first}
+    assert len(first) + len(second) == len(plan.GRIDS)
+
+
+def test_a_climb_ends_at_the_first_rate_that_fails():
+    seen = {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.55, 3e-2: 0.9}
+    assert experiments.climb(seen, seen.get) == {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.55}
+    assert experiments.climb(seen, seen.get, cliff=0.2) == seen

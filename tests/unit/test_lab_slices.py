@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.lab.slices import UpperLayers, correct, hidden_below, loss
+from selective_lite.lab.slices import UpperLayers, accuracy, correct, hidden_below, loss
 
 
 @pytest.fixture
@@ -28,6 +28,21 @@ def test_a_slice_has_the_logits_the_answers_and_the_gradients_of_its_model(build
     whole = [model.get_parameter("bert." + name.replace("layer.", "encoder.layer.", 1)) for name in names]
     for mine, its in zip(ours, torch.autograd.grad(output.loss, whole), strict=True):
         torch.testing.assert_close(mine, its)
+
+
+def test_answers_are_counted_without_dropout_and_modes_are_put_back(build, batch):
+    model = build("bert")
+    upper, below = UpperLayers(model), hidden_below(model, [batch])
+    expected = correct(upper, below)
+    for module in upper.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    upper.train()
+    upper.pooler.eval()
+    modes = [module.training for module in upper.modules()]
+    assert torch.equal(correct(upper, below), expected)
+    assert accuracy(upper, below) == expected.double().mean().item()
+    assert [module.training for module in upper.modules()] == modes
 
 
 def test_leading_dimensions_are_free(build, batch):
