@@ -41,7 +41,7 @@ def test_answers_are_counted_without_dropout_and_modes_are_put_back(build, batch
     upper.pooler.eval()
     modes = [module.training for module in upper.modules()]
     assert torch.equal(correct(upper, below), expected)
-    assert accuracy(upper, below) == expected.double().mean().item()
+    assert accuracy(upper, below) == pytest.approx(expected.double().mean().item())
     assert [module.training for module in upper.modules()] == modes
 
 
