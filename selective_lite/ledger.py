@@ -29,7 +29,7 @@ def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     weights: list[Tensor] = list(model.parameters())
     index: list[Tensor] = []
     for name, buffer in model.named_buffers():
-        (index if name.endswith(SUFFIX + "_index") else weights).append(buffer)
+        (index if SUFFIX + "_" in name else weights).append(buffer)
     state = [] if optimizer is None else [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     return {
         "weights": _bytes(weights),

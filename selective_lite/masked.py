@@ -7,19 +7,20 @@ the module; the dense tensor stays in place, frozen, and takes the vector's valu
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .params import check_names, check_prefixes, owners, starts_with
+from .sampled import as_block, embedding, linear, scatter
 from .select import Selection
 
 SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
+INDEX = ("_index", "_rows", "_columns")  # behind it, buffers: flat positions; rows and columns where they are a block
 
 
 class masked:
@@ -84,12 +85,15 @@ class masked:
                 self._compact[name] = named[name]
                 continue
             index = positions.to(named[name].device)
+            matrix = named[name].dim() == 2 and not shrinks
+            block = as_block(index, named[name].shape[1]) if matrix else (None, None)
             values = named[name].detach().reshape(-1)[index]
             self._compact[name] = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)))
             self._places[name] = places[name]
             for module, attribute in places[name]:
                 module.register_parameter(attribute + SUFFIX, self._compact[name])
-                module.register_buffer(attribute + SUFFIX + "_index", index, persistent=False)
+                for part, tensor in zip(INDEX, (index, *block), strict=True):
+                    module.register_buffer(attribute + SUFFIX + part, tensor, persistent=False)
                 module.__class__ = _masked_class(type(module), attribute)  # type: ignore[arg-type]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -145,7 +149,8 @@ class masked:
                 write_selected(module, attribute)
                 module.__class__ = type(module).masked_base  # type: ignore[attr-defined]
                 delattr(module, attribute + SUFFIX)
-                delattr(module, attribute + SUFFIX + "_index")
+                for part in INDEX:
+                    delattr(module, attribute + SUFFIX + part)
         for name, parameter in self.model.named_parameters():
             if name in self._flags:
                 parameter.requires_grad_(self._flags[name])
@@ -200,17 +205,19 @@ def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
     """The forward with a sampled weight gradient for a module class, or None where there is none."""
     cls = vars(cls).get("masked_base", cls)
     if cls is nn.Linear:
-        return lambda module, input: _SelectedLinear.apply(input, *_selected(module), module.bias, False)
+        return lambda module, input: linear(input, *_selected(module, "weight", *INDEX), module.bias, False)
     if cls is nn.Embedding:
-        return lambda module, input: _SelectedEmbedding.apply(input, *_selected(module), module.padding_idx)
+        return lambda module, input: embedding(input, *_selected(module, "weight", INDEX[0]), module.padding_idx)
     if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
-        return lambda module, x: _SelectedLinear.apply(x, *_selected(module), module.bias, True)
+        return lambda module, x: linear(x, *_selected(module, "weight", *INDEX), module.bias, True)
     return None
 
 
-def _selected(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    write_selected(module, "weight")
-    return tuple(getattr(module, "weight" + part) for part in ("", SUFFIX, SUFFIX + "_index"))
+def _selected(module: nn.Module, attribute: str, *parts: str) -> Iterator[Any]:
+    """The dense tensor, once it has taken the vector's values, the vector, and these parts of its index."""
+    write_selected(module, attribute)
+    own = (module._parameters[attribute], module._parameters[attribute + SUFFIX])
+    return chain(own, (module._buffers[attribute + SUFFIX + part] for part in parts))
 
 
 @cache
@@ -221,125 +228,8 @@ def _masked_class(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
     if attribute == "weight" and product is not None:
         members["forward"] = product
     else:
-        members[attribute] = property(lambda module: _scattered(module, attribute))
+        members[attribute] = property(lambda module: scatter(*_selected(module, attribute, INDEX[0])))
     return type("Masked" + cls.__name__.removeprefix("Masked"), (cls,), members)
-
-
-def _scattered(module: nn.Module, attribute: str) -> Tensor:
-    write_selected(module, attribute)
-    index = getattr(module, attribute + SUFFIX + "_index")
-    return _Scatter.apply(module._parameters[attribute], module._parameters[attribute + SUFFIX], index)
-
-
-class _Scatter(torch.autograd.Function):
-    """A small dense tensor whose gradient goes to its selected entries."""
-
-    @staticmethod
-    def forward(ctx: Any, dense: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(values, index)
-        return dense.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        values, index = ctx.saved_tensors
-        return None, grad.reshape(-1)[index].to(values.dtype), None
-
-
-class _SelectedLinear(torch.autograd.Function):
-    """y = x W^T + b (Conv1D: y = x W + b) with the gradient of W at its selected positions only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, transposed: bool
-    ) -> Tensor:
-        y = functional.linear(x, weight.t() if transposed else weight, bias)
-        ctx.transposed, ctx.has_bias = transposed, bias is not None
-        # Under autocast y has the compute dtype: keep x in it, as the dense product would. Saving `values` lets
-        # autograd see an optimizer step between forward and backward.
-        ctx.save_for_backward(x if x.dtype == y.dtype else x.to(y.dtype), weight, values, index)
-        ctx.x_dtype = x.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, values, index = ctx.saved_tensors
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            dense = weight.to(grad.dtype)
-            grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
-        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            left, right = (x_rows, grad_rows) if ctx.transposed else (grad_rows, x_rows)
-            grad_values = sampled_product(left, right, index).to(values.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[4]:
-            grad_bias = grad_rows.sum(0)
-        return grad_x, None, grad_values, None, grad_bias, None
-
-
-class _SelectedEmbedding(torch.autograd.Function):
-    """Rows of a table, with the gradient of the table at its selected positions only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Tensor, padding_idx: int | None
-    ) -> Tensor:
-        ctx.save_for_backward(ids, values, index)
-        ctx.width, ctx.padding_idx = weight.shape[1], padding_idx
-        return functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ids, values, index = ctx.saved_tensors
-        if ids.numel() == 0:
-            return None, None, torch.zeros_like(values), None, None
-        seen, slot = ids.reshape(-1).unique(return_inverse=True)
-        grad = grad.reshape(-1, ctx.width).to(torch.promote_types(grad.dtype, torch.float32))
-        rows = grad.new_zeros(len(seen), ctx.width).index_add_(0, slot, grad)
-        if ctx.padding_idx is not None:
-            rows[seen == ctx.padding_idx] = 0
-        row = index.div(ctx.width, rounding_mode="floor")
-        place = torch.searchsorted(seen, row).clamp_(max=len(seen) - 1)
-        grad_values = rows[place, index % ctx.width] * (seen[place] == row)
-        return None, None, grad_values.to(values.dtype), None, None
-
-
-def sampled_product(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
-    """Entries of ``left.T @ right`` at sorted flat row-major positions, without the other entries.
-
-    Parameters
-    ----------
-    left, right
-        (T, rows) and (T, columns), floating point; half precision is summed in float32.
-    index
-        Positions in (rows, columns), int64, strictly increasing, on the same device.
-
-    Returns
-    -------
-    Tensor
-        One value a position, float32, or float64 for float64 operands.
-    """
-    precise = torch.promote_types(left.dtype, torch.float32)
-    left, right = left.to(precise), right.to(precise)
-    rows, columns = left.shape[1], right.shape[1]
-    row, column = index.div(columns, rounding_mode="floor"), index % columns
-    if left.device.type not in ("cpu", "cuda"):  # sampled_addmm has no kernel there
-        pairs = zip(row.split(4096), column.split(4096), strict=True)
-        return torch.cat([(left[:, r] * right[:, c]).sum(0) for r, c in pairs])
-    _silence_sparse_warning()
-    starts = torch.searchsorted(row, torch.arange(rows + 1, device=index.device))
-    zeros = torch.zeros(len(index), dtype=precise, device=index.device)
-    pattern = torch.sparse_csr_tensor(starts, column, zeros, (rows, columns), check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0).values()
-
-
-@cache
-def _silence_sparse_warning() -> None:
-    """Torch warns once a process that CSR tensors are in beta; the first one is made here, unheard."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
-        starts = torch.zeros(2, dtype=torch.int64, device="cpu")
-        torch.sparse_csr_tensor(starts, empty, empty.float(), (1, 1), check_invariants=False)
 
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

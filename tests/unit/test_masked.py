@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
-from selective_lite.masked import obstacle, sampled_product
+from selective_lite.masked import obstacle
+from selective_lite.sampled import sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
 

@@ -1,0 +1,169 @@
+"""Sampled gradients: layers whose weight gradient is computed at the selected positions only, never as a whole.
+
+A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the outgoing gradient and a
+column of the input. On CPU almost all of the time would go into making those columns contiguous; so a layer that
+widens its input writes its output feature by feature, which costs the product nothing, and element-wise layers behind
+it keep that order, in the backward too: the two largest tensors of a transformer's block are never transposed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class _Scatter(torch.autograd.Function):
+    """A small dense tensor whose gradient goes to its selected entries."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(values, index)
+        return dense.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, index = ctx.saved_tensors
+        return None, grad.reshape(-1)[index].to(values.dtype), None
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b (Conv1D: y = x W + b) with the gradient of W at its selected positions only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None, columns: Tensor | None,
+        bias: Tensor | None, transposed: bool,
+    ) -> Tensor:  # fmt: skip
+        w = weight.t() if transposed else weight
+        if x.device.type == "cpu" and w.shape[0] > w.shape[1] and any(ctx.needs_input_grad):
+            x_columns = x.reshape(-1, x.shape[-1]).t()
+            y = w @ x_columns if bias is None else torch.addmm(bias.unsqueeze(1), w, x_columns)
+            y = y.t().view(*x.shape[:-1], -1)
+        else:
+            y = functional.linear(x, w, bias)
+        ctx.transposed, ctx.has_bias = transposed, bias is not None
+        # Under autocast y has the compute dtype: keep x in it, as the dense product would. Saving `values` lets
+        # autograd see an optimizer step between forward and backward.
+        ctx.save_for_backward(x if x.dtype == y.dtype else x.to(y.dtype), weight, values, index, rows, columns)
+        ctx.x_dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, values, index, *block = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[0]:
+            w = (weight.t() if ctx.transposed else weight).to(grad.dtype)
+            by_feature = x.device.type == "cpu" and x_rows.t().is_contiguous()  # as x is, so is its gradient
+            grad_x = (w.t() @ grad_rows.t()).t() if by_feature else grad_rows @ w
+            grad_x = grad_x.view(x.shape).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            left, right = (x_rows, grad_rows) if ctx.transposed else (grad_rows, x_rows)
+            grad_values = sampled_product(left, right, index, *block).to(values.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[6]:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, None, grad_values, None, None, None, grad_bias, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a table, with the gradient of the table at its selected positions only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Tensor, padding_idx: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids, values, index)
+        ctx.width, ctx.padding_idx = weight.shape[1], padding_idx
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ids, values, index = ctx.saved_tensors
+        if ids.numel() == 0:
+            return None, None, torch.zeros_like(values), None, None
+        seen, slot = ids.reshape(-1).unique(return_inverse=True)
+        grad = grad.reshape(-1, ctx.width).to(torch.promote_types(grad.dtype, torch.float32))
+        rows = grad.new_zeros(len(seen), ctx.width).index_add_(0, slot, grad)
+        if ctx.padding_idx is not None:
+            rows[seen == ctx.padding_idx] = 0
+        row = index.div(ctx.width, rounding_mode="floor")
+        place = torch.searchsorted(seen, row).clamp_(max=len(seen) - 1)
+        grad_values = rows[place, index % ctx.width] * (seen[place] == row)
+        return None, None, grad_values.to(values.dtype), None, None
+
+
+scatter = _Scatter.apply  # (dense, values, index)
+linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transposed)
+embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
+
+
+def sampled_product(
+    left: Tensor, right: Tensor, index: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """Entries of ``left.T @ right`` at sorted flat row-major positions, without the other entries.
+
+    Parameters
+    ----------
+    left, right
+        (T, rows) and (T, columns), floating point; half precision is summed in float32.
+    index
+        Positions in (rows, columns), int64, strictly increasing, on the same device.
+    rows, columns
+        What `as_block` finds in `index`: then dense slices are multiplied.
+
+    Returns
+    -------
+    Tensor
+        One value a position, float32, or float64 for float64 operands.
+    """
+    precise = torch.promote_types(left.dtype, torch.float32)
+    left, right = left.to(precise), right.to(precise)
+    if rows is not None:
+        return (left[:, rows].t() @ right[:, columns]).flatten()
+    height, width = left.shape[1], right.shape[1]
+    row, column = index.div(width, rounding_mode="floor"), index % width
+    if left.device.type not in ("cpu", "cuda"):  # sampled_addmm has no kernel there
+        pairs = zip(row.split(4096), column.split(4096), strict=True)
+        return torch.cat([(left[:, r] * right[:, c]).sum(0) for r, c in pairs])
+    _silence_sparse_warning()
+    left, right = (by_feature(operand) for operand in (left, right))
+    starts = torch.searchsorted(row, torch.arange(height + 1, device=index.device))
+    zeros = torch.zeros(len(index), dtype=precise, device=index.device)
+    pattern = torch.sparse_csr_tensor(starts, column, zeros, (height, width), check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
+
+
+def as_block(index: Tensor, columns: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The rows and columns whose crossings are exactly these sorted positions in a matrix of so many columns, or Nones.
+
+    Whole rows (neurons), whole columns and attention heads are such blocks: dense slices instead of single entries.
+    """
+    row, column = index.div(columns, rounding_mode="floor"), index % columns
+    width = int((row == row[0]).sum())
+    rows, first = row[::width], column[:width]
+    return (rows, first) if torch.equal((rows[:, None] * columns + first).flatten(), index) else (None, None)
+
+
+def by_feature(operand: Tensor) -> Tensor:
+    """(T, D) as (D, T), contiguous. Torch copies three dimensions with all threads, and two with one."""
+    if operand.t().is_contiguous():
+        return operand.t()
+    tokens, features = operand.shape
+    parts = next(n for n in (32, 16, 8, 4, 2, 1) if tokens % n == 0)
+    return operand.reshape(parts, tokens // parts, features).permute(2, 0, 1).reshape(features, tokens)
+
+
+@cache
+def _silence_sparse_warning() -> None:
+    """Torch warns once a process that CSR tensors are in beta; the first one is made here, unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+        starts = torch.zeros(2, dtype=torch.int64, device="cpu")
+        torch.sparse_csr_tensor(starts, empty, empty.float(), (1, 1), check_invariants=False)
