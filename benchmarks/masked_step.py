@@ -16,7 +16,10 @@ import selective_lite as sl
 from selective_lite.lab import load_classifier, results
 
 LINEAR = ["query", "key", "value", "dense"]  # every linear layer of BERT, the classifier apart
-CONFIG = {"model": "minilm", "batch": 32, "tokens": 32, "budget": 0.005, "rank": 8, "warmup": 3, "rounds": 25}
+CONFIGS = [
+    {"model": "minilm", "batch": 32, "tokens": 32, "budget": budget, "rank": 8, "warmup": 3, "rounds": 25}
+    for budget in (0.0002, 0.005, 0.05)
+]
 ROOTS = ["masked.py:masked", "select.py:select", "scores.py:uniform", "ledger.py:ledger"]
 
 
@@ -48,17 +51,22 @@ def contenders(config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, torch.op
     return found
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Mapping[str, torch.Tensor]) -> float:
-    """Seconds of one step: forward, backward, update."""
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Mapping[str, torch.Tensor]
+) -> tuple[float, float]:
+    """Seconds of the forward, and of the whole step with backward and update."""
     wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
-    model(**batch).loss.backward()
+    loss = model(**batch).loss
+    wait()
+    forward = time.perf_counter() - start
+    loss.backward()
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad()
     wait()
-    return time.perf_counter() - start
+    return forward, time.perf_counter() - start
 
 
 def held(
@@ -79,15 +87,18 @@ def run(config: Mapping[str, Any]) -> results.Row:
     ids = torch.randint(1000, 30000, (config["batch"], config["tokens"]), device=device)
     labels = torch.randint(0, 2, (config["batch"],), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for round_number in range(config["warmup"] + config["rounds"]):
         for name, (model, optimizer) in ways.items():
             taken = step(model, optimizer, batch)
             if round_number >= config["warmup"]:
                 seconds[name].append(taken)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    forward, median = (
+        {name: statistics.median(pair[part] for pair in pairs) for name, pairs in seconds.items()} for part in (0, 1)
+    )
     ours = median["selective_lite"]
     return {
+        "forward_seconds": {name: round(value, 4) for name, value in forward.items()},
         "median_seconds": {name: round(value, 4) for name, value in median.items()},
         "ours_over": {name: round(ours / value, 3) for name, value in median.items()},
         "over_full": {name: round(value / median["full AdamW"], 3) for name, value in median.items()},
@@ -99,11 +110,12 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 
 if __name__ == "__main__":
-    row = results.run_missing("masked_step", [[CONFIG]], run, lambda config: ROOTS)[0]
-    print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
-    for way, median_seconds in row["median_seconds"].items():
-        counted = row["bytes"][way]
-        print(
-            f"{way:20} {median_seconds:8.4f} {row['ours_over'][way]:9.3f} {row['over_full'][way]:9.3f}"
-            f" {counted['gradients']:10,} {counted['optimizer']:10,}"
-        )
+    for row in results.run_missing("masked_step", [CONFIGS], run, lambda config: ROOTS):
+        print(f"budget {row['config']['budget']:.2%}, on {row['device']}")
+        print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
+        for way, median_seconds in row["median_seconds"].items():
+            counted = row["bytes"][way]
+            print(
+                f"{way:20} {median_seconds:8.4f} {row['ours_over'][way]:9.3f} {row['over_full'][way]:9.3f}"
+                f" {counted['gradients']:10,} {counted['optimizer']:10,}"
+            )

@@ -198,19 +198,23 @@ def write_selected(module: nn.Module, attribute: str) -> None:
     """Copy the compact vector into its dense tensor. `.data` keeps autograd's version of a weight that was saved."""
     dense = module._parameters[attribute].data  # type: ignore[union-attr]
     values = module._parameters[attribute + SUFFIX].data  # type: ignore[union-attr]
-    dense.view(-1)[getattr(module, attribute + SUFFIX + "_index")] = values.to(dense.dtype)
+    dense.view(-1).index_copy_(0, getattr(module, attribute + SUFFIX + "_index"), values.to(dense.dtype))
 
 
 def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
     """The forward with a sampled weight gradient for a module class, or None where there is none."""
     cls = vars(cls).get("masked_base", cls)
     if cls is nn.Linear:
-        return lambda module, input: linear(input, *_selected(module, "weight", *INDEX), module.bias, False)
+        return lambda module, input: _linear(module, input, False)
     if cls is nn.Embedding:
         return lambda module, input: embedding(input, *_selected(module, "weight", INDEX[0]), module.padding_idx)
     if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
-        return lambda module, x: linear(x, *_selected(module, "weight", *INDEX), module.bias, True)
+        return lambda module, x: _linear(module, x, True)
     return None
+
+
+def _linear(module: Any, x: Tensor, transposed: bool) -> Tensor:
+    return linear(x, *_selected(module, "weight", *INDEX), module.bias, transposed, torch.is_grad_enabled())
 
 
 def _selected(module: nn.Module, attribute: str, *parts: str) -> Iterator[Any]:

@@ -37,13 +37,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None, columns: Tensor | None,
-        bias: Tensor | None, transposed: bool,
+        bias: Tensor | None, transposed: bool, trains: bool,
     ) -> Tensor:  # fmt: skip
         w = weight.t() if transposed else weight
-        if x.device.type == "cpu" and w.shape[0] > w.shape[1] and any(ctx.needs_input_grad):
+        if trains and x.device.type == "cpu" and w.shape[0] > w.shape[1]:
             x_columns = x.reshape(-1, x.shape[-1]).t()
             y = w @ x_columns if bias is None else torch.addmm(bias.unsqueeze(1), w, x_columns)
-            y = y.t().view(*x.shape[:-1], -1)
+            y = y.t().view(*x.shape[:-1], w.shape[0])
         else:
             y = functional.linear(x, w, bias)
         ctx.transposed, ctx.has_bias = transposed, bias is not None
@@ -68,7 +68,7 @@ class _Linear(torch.autograd.Function):
             grad_values = sampled_product(left, right, index, *block).to(values.dtype)
         if ctx.has_bias and ctx.needs_input_grad[6]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, None, grad_values, None, None, None, grad_bias, None
+        return grad_x, None, grad_values, None, None, None, grad_bias, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -99,7 +99,7 @@ class _Embedding(torch.autograd.Function):
 
 
 scatter = _Scatter.apply  # (dense, values, index)
-linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transposed)
+linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transposed, trains)
 embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 
@@ -156,7 +156,7 @@ def by_feature(operand: Tensor) -> Tensor:
         return operand.t()
     tokens, features = operand.shape
     parts = next(n for n in (32, 16, 8, 4, 2, 1) if tokens % n == 0)
-    return operand.reshape(parts, tokens // parts, features).permute(2, 0, 1).reshape(features, tokens)
+    return operand.reshape(parts, tokens // parts, features).permute(2, 0, 1).contiguous().view(features, tokens)
 
 
 @cache
