@@ -1,0 +1,33 @@
+"""Benchmark: what `import selective_lite` costs beyond `import torch`, in fresh processes, interleaved; medians."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from selective_lite.lab import results
+
+CONFIG = {"warmup": 2, "rounds": 15}
+ROOTS = ["params.py:weights", "masked.py:masked", "select.py:select"]
+
+SCRIPT = "import time, torch; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+
+
+def run(config: Mapping[str, Any]) -> results.Row:
+    """Median milliseconds of the import, and of importing nothing, once torch is there."""
+    seconds: dict[str, list[float]] = {"selective_lite": [], "torch": []}
+    for round_number in range(config["warmup"] + config["rounds"]):
+        for name, found in seconds.items():
+            command = [sys.executable, "-c", SCRIPT.format(name)]
+            taken = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            if round_number >= config["warmup"]:
+                found.append(taken)
+    return {"milliseconds": {name: round(1e3 * statistics.median(found), 2) for name, found in seconds.items()}}
+
+
+if __name__ == "__main__":
+    (row,) = results.run_missing("importing", [[CONFIG]], run, lambda config: ROOTS)
+    print(f"import selective_lite after torch: {row['milliseconds']['selective_lite']:.1f} ms")
