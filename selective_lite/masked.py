@@ -86,7 +86,7 @@ class masked:
                 continue
             index = positions.to(named[name].device)
             matrix = named[name].dim() == 2 and not shrinks
-            block = as_block(index, named[name].shape[1]) if matrix else (None, None)
+            block = as_block(index, *named[name].shape) if matrix else (None, None)
             values = named[name].detach().reshape(-1)[index]
             self._compact[name] = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)))
             self._places[name] = places[name]
@@ -205,16 +205,12 @@ def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
     """The forward with a sampled weight gradient for a module class, or None where there is none."""
     cls = vars(cls).get("masked_base", cls)
     if cls is nn.Linear:
-        return lambda module, input: _linear(module, input, False)
+        return lambda module, input: linear(input, *_selected(module, "weight", *INDEX), module.bias, False)
     if cls is nn.Embedding:
         return lambda module, input: embedding(input, *_selected(module, "weight", INDEX[0]), module.padding_idx)
     if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
-        return lambda module, x: _linear(module, x, True)
+        return lambda module, x: linear(x, *_selected(module, "weight", *INDEX), module.bias, True)
     return None
-
-
-def _linear(module: Any, x: Tensor, transposed: bool) -> Tensor:
-    return linear(x, *_selected(module, "weight", *INDEX), module.bias, transposed, torch.is_grad_enabled())
 
 
 def _selected(module: nn.Module, attribute: str, *parts: str) -> Iterator[Any]:

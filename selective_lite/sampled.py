@@ -1,9 +1,7 @@
 """Sampled gradients: layers whose weight gradient is computed at the selected positions only, never as a whole.
 
 A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the outgoing gradient and a
-column of the input. On CPU almost all of the time would go into making those columns contiguous; so a layer that
-widens its input writes its output feature by feature, which costs the product nothing, and element-wise layers behind
-it keep that order, in the backward too: the two largest tensors of a transformer's block are never transposed.
+column of the input. Most of the time goes into making those columns contiguous.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+BLOCK = 128  # tokens transposed together
 
 
 class _Scatter(torch.autograd.Function):
@@ -37,15 +37,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None, columns: Tensor | None,
-        bias: Tensor | None, transposed: bool, trains: bool,
+        bias: Tensor | None, transposed: bool,
     ) -> Tensor:  # fmt: skip
-        w = weight.t() if transposed else weight
-        if trains and x.device.type == "cpu" and w.shape[0] > w.shape[1]:
-            x_columns = x.reshape(-1, x.shape[-1]).t()
-            y = w @ x_columns if bias is None else torch.addmm(bias.unsqueeze(1), w, x_columns)
-            y = y.t().view(*x.shape[:-1], w.shape[0])
-        else:
-            y = functional.linear(x, w, bias)
+        y = functional.linear(x, weight.t() if transposed else weight, bias)
         ctx.transposed, ctx.has_bias = transposed, bias is not None
         # Under autocast y has the compute dtype: keep x in it, as the dense product would. Saving `values` lets
         # autograd see an optimizer step between forward and backward.
@@ -57,18 +51,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, values, index, *block = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
-        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[0]:
-            w = (weight.t() if ctx.transposed else weight).to(grad.dtype)
-            by_feature = x.device.type == "cpu" and x_rows.t().is_contiguous()  # as x is, so is its gradient
-            grad_x = (w.t() @ grad_rows.t()).t() if by_feature else grad_rows @ w
-            grad_x = grad_x.view(x.shape).to(ctx.x_dtype)
+            dense = weight.to(grad.dtype)
+            grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
+        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             left, right = (x_rows, grad_rows) if ctx.transposed else (grad_rows, x_rows)
             grad_values = sampled_product(left, right, index, *block).to(values.dtype)
         if ctx.has_bias and ctx.needs_input_grad[6]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, None, grad_values, None, None, None, grad_bias, None, None
+        return grad_x, None, grad_values, None, None, None, grad_bias, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -99,7 +91,7 @@ class _Embedding(torch.autograd.Function):
 
 
 scatter = _Scatter.apply  # (dense, values, index)
-linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transposed, trains)
+linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transposed)
 embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 
@@ -139,24 +131,22 @@ def sampled_product(
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
 
 
-def as_block(index: Tensor, columns: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The rows and columns whose crossings are exactly these sorted positions in a matrix of so many columns, or Nones.
+def as_block(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The rows and columns of a matrix whose crossings are exactly these sorted positions; Nones if there are none.
 
-    Whole rows (neurons), whole columns and attention heads are such blocks: dense slices instead of single entries.
+    Only of whole rows or whole columns (neurons, attention heads): dense slices instead of single entries.
     """
-    row, column = index.div(columns, rounding_mode="floor"), index % columns
-    width = int((row == row[0]).sum())
-    rows, first = row[::width], column[:width]
-    return (rows, first) if torch.equal((rows[:, None] * columns + first).flatten(), index) else (None, None)
+    row, column = index.div(width, rounding_mode="floor"), index % width
+    across = int((row == row[0]).sum())
+    rows, columns = row[::across], column[:across]
+    crossings = (rows[:, None] * width + columns).flatten()
+    whole = across == width or len(rows) == height
+    return (rows, columns) if whole and torch.equal(crossings, index) else (None, None)
 
 
 def by_feature(operand: Tensor) -> Tensor:
-    """(T, D) as (D, T), contiguous. Torch copies three dimensions with all threads, and two with one."""
-    if operand.t().is_contiguous():
-        return operand.t()
-    tokens, features = operand.shape
-    parts = next(n for n in (32, 16, 8, 4, 2, 1) if tokens % n == 0)
-    return operand.reshape(parts, tokens // parts, features).permute(2, 0, 1).contiguous().view(features, tokens)
+    """(T, D) as (D, T), contiguous. Block by block, for a column's values lie so far apart that caches thrash."""
+    return torch.cat([block.t() for block in operand.split(BLOCK)], 1)
 
 
 @cache

@@ -200,10 +200,8 @@ def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick,
     expected.loss.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
     with sl.masked(model, selection, dense=head) as training:
-        with torch.no_grad():
-            assert torch.equal(model(**batch).logits, expected.logits)
         found = model(**batch)
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-14)
+        assert torch.equal(found.logits, expected.logits)
         found.loss.backward()
         for (name, index), vector in zip(selection.indices.items(), training.parameters(), strict=True):
             wanted = gradients[name].reshape(-1)[index]
@@ -406,21 +404,19 @@ def test_a_module_may_be_called_twice_before_the_backward(build, batches, pick):
             torch.testing.assert_close(vector.grad.reshape(-1), gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.data())
+@given(st.integers(2, 6), st.integers(2, 6), st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_block_is_found_where_and_only_where_rows_and_columns_cross(height, width, data):
-    rows, columns = (
-        torch.tensor(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))) for size in (height, width)
-    )
+def test_a_block_is_found_where_and_only_where_all_of_some_rows_or_columns_are_selected(height, width, by_rows, data):
+    some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, (height if by_rows else width) - 1), min_size=1))))
+    rows, columns = (some, torch.arange(width)) if by_rows else (torch.arange(height), some)
     index = (rows[:, None] * width + columns).flatten()
-    found = as_block(index, width)
+    found = as_block(index, height, width)
     assert [part.tolist() for part in found] == [rows.tolist(), columns.tolist()]
     left, right = torch.randn(5, height), torch.randn(5, width)
     expected = (left.t() @ right).flatten()[index]
     torch.testing.assert_close(sampled_product(left, right, index, *found), expected)
-    if len(rows) > 1 and len(columns) > 1:
-        gone = data.draw(st.integers(0, len(index) - 1))
-        assert as_block(torch.cat([index[:gone], index[gone + 1 :]]), width) == (None, None)
+    gone = data.draw(st.integers(0, len(index) - 1))
+    assert as_block(torch.cat([index[:gone], index[gone + 1 :]]), height, width) == (None, None)
 
 
 @pytest.mark.parametrize("kind", ["toy", "gpt2"])
@@ -457,34 +453,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 8, 6), (0, 6)])
-def test_a_widening_layer_writes_by_feature_and_element_wise_layers_keep_it(shape):
-    torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6)).double()
-    plain, x = copy.deepcopy(block), torch.randn(shape, dtype=torch.float64)
-    selection = sl.select(sl.uniform(block, 0), 40)
-    expected = plain(x)
-    expected.square().sum().backward()
-    with sl.masked(block, selection) as training:
-        hidden = block[1](block[0](x))
-        if len(shape) == 3:
-            assert hidden.view(-1, 16).t().is_contiguous()
-            assert not block[2](hidden).view(-1, 6).t().is_contiguous()
-        torch.testing.assert_close(block[2](hidden), expected)
-        block[2](hidden).square().sum().backward()
-        for (name, index), vector in zip(selection.indices.items(), training.parameters(), strict=True):
-            torch.testing.assert_close(vector.grad.flatten(), plain.get_parameter(name).grad.flatten()[index])
-        with torch.no_grad():
-            assert torch.equal(block(x), expected)
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 7, 12, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 127, 128, 300])
 def test_columns_become_contiguous_rows(tokens):
     operand = torch.randn(tokens, 5)
     found = by_feature(operand)
     assert found.is_contiguous()
     assert torch.equal(found, operand.t())
-    assert by_feature(found.t()).data_ptr() == found.data_ptr()
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["float64", "bfloat16"]), st.data())
