@@ -29,5 +29,5 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 
 if __name__ == "__main__":
-    (row,) = results.run_missing("importing", [[CONFIG]], run, lambda config: ROOTS)
+    (row,) = results.run_missing("importing", [CONFIG], run, lambda config: ROOTS)
     print(f"import selective_lite after torch: {row['milliseconds']['selective_lite']:.1f} ms")

@@ -110,7 +110,7 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 
 if __name__ == "__main__":
-    for row in results.run_missing("masked_step", [CONFIGS], run, lambda config: ROOTS):
+    for row in results.run_missing("masked_step", CONFIGS, run, lambda config: ROOTS):
         print(f"budget {row['config']['budget']:.2%}, on {row['device']}")
         print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
         for way, median_seconds in row["median_seconds"].items():

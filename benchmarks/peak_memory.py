@@ -97,6 +97,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         print(json.dumps(peak(sys.argv[1], json.loads(sys.argv[2]))))
     else:
-        (row,) = results.run_missing("peak_memory", [[CONFIG]], run, lambda config: ROOTS)
+        (row,) = results.run_missing("peak_memory", [CONFIG], run, lambda config: ROOTS)
         for way in WAYS:
             print(f"{way:16} {row['peak'][way] / 2**20:8.1f} MiB over the model, {row['trained'][way]:11,} trained")

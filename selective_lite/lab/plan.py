@@ -7,8 +7,8 @@ row. Run this file (``make results``) to run what is missing: the movies, and wh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -100,17 +100,16 @@ def configs(task: str = "movies", name: str = NAME) -> Iterator[Config]:
                 }
 
 
+def shuffles(config: Config) -> bool:
+    """Whether a config is a control that shuffles another method's selection, and so reads that method's rows."""
+    return config["method"] in SHUFFLES
+
+
 def everything(name: str, tasks: tuple[str, ...]) -> None:
     """Run what is missing of the sweeps and rows on these tasks: on CPU as many side by side as there are cores."""
-    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    results.run_missing(name + "_rates", _rounds(rate_configs, tasks), sweep, roots, workers)
-    results.run_missing(name, _rounds(partial(configs, name=name), tasks), run, roots, workers)
-
-
-def _rounds(planned: Callable[[str], Iterable[Config]], tasks: tuple[str, ...]) -> list[list[Config]]:
-    """Controls that shuffle another method's selection come after it."""
-    found = [config for task in tasks for config in planned(task)]
-    return [[c for c in found if (c["method"] in SHUFFLES) is late] for late in (False, True)]
+    how: dict[str, Any] = {"workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1, "late": shuffles}
+    results.run_missing(name + "_rates", [c for task in tasks for c in rate_configs(task)], sweep, roots, **how)
+    results.run_missing(name, [c for task in tasks for c in configs(task, name)], run, roots, **how)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,10 +39,12 @@ def stale(rows: Iterable[Row]) -> list[Row]:
 
 def run_missing(
     name: str,
-    rounds: Sequence[Iterable[Mapping[str, Any]]],
+    configs: Iterable[Mapping[str, Any]],
     run: Callable[[Mapping[str, Any]], Row],
     roots: Callable[[Mapping[str, Any]], list[str]],
+    *,
     workers: int = 1,
+    late: Callable[[Mapping[str, Any]], bool] = lambda config: False,
 ) -> list[Row]:
     """Run every config that has no current row, and keep each row as soon as it is there.
 
@@ -52,17 +54,17 @@ def run_missing(
     ----------
     name
         Of the file ``results/<name>.json``.
-    rounds
-        Lists of JSON-able mappings, a config each, which is the identity of its row. A round may read the rows of
-        the rounds before it.
+    configs
+        JSON-able mappings; a config is the identity of its row.
     run
         ``config -> result``, a JSON-able dict.
     roots
         ``config -> definitions`` that its result follows from, as `code_hash` takes them.
     workers
-        So many configs of a round run side by side, each in a process of one thread: faster than one with all
-        threads, and a row does not depend on how many cores there were. 1 runs them here, with the threads that
-        are set.
+        So many configs run side by side, each in a process of one thread: faster than one with all threads, and a
+        row does not depend on how many cores there were. 1 runs them here, with the threads that are set.
+    late
+        Whether a config's run reads rows of others; it starts when all others are there.
 
     Returns
     -------
@@ -70,15 +72,14 @@ def run_missing(
         One row a config: ``config``, the result's own keys, ``seconds``, ``device``, ``threads``, ``versions``,
         ``roots``, and ``library``, the hash of these.
     """
-    planned = [[json.loads(json.dumps(dict(config))) for config in configs] for configs in rounds]
-    wanted = [config for configs in planned for config in configs]
+    wanted = [json.loads(json.dumps(dict(config))) for config in configs]
     old = [row for row in read(name) if row["config"] in wanted]
     outdated = stale(old)
     rows = [row for row in old if row not in outdated]
     stamps = [{"roots": roots(config), "library": code_hash(roots(config))} for config in wanted]  # the code loaded now
-    for configs in planned:
-        missing = [config for config in configs if all(row["config"] != config for row in rows)]
-        for row in _made(run, missing, workers):
+    missing = [config for config in wanted if all(row["config"] != config for row in rows)]
+    for turn in (False, True):
+        for row in _made(run, [config for config in missing if late(config) is turn], workers):
             rows.append({**row, **stamps[wanted.index(row["config"])]})
             write(name, rows)
             brief = f"{_brief(row['config'])} {_brief(row)}"

@@ -57,11 +57,9 @@ def test_grids_are_parts_of_one_grid_of_half_decades():
         assert {f"{rate:.0e}" for rate in grid} <= common
 
 
-def test_shuffles_come_in_the_round_after_what_they_shuffle():
-    first, second = plan._rounds(plan.rate_configs, ("movies",))
-    assert {config["method"] for config in second} == set(plan.SHUFFLES)
-    assert {"unstructured", "fish"} <= {config["method"] for config in first}
-    assert len(first) + len(second) == len(plan.GRIDS)
+def test_controls_that_shuffle_wait_for_what_they_shuffle():
+    late = {config["method"] for config in plan.rate_configs() if plan.shuffles(config)}
+    assert late == {method for method, _ in plan.GRIDS if method.endswith("shuffled")}
 
 
 def test_a_climb_ends_at_the_first_rate_that_fails():

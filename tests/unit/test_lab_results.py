@@ -38,21 +38,21 @@ def test_a_killed_run_goes_on_where_it_stopped(capsys):
         return {"accuracy": config["seed"] / 10}
 
     with pytest.raises(KeyboardInterrupt):
-        results.run_missing("toy", [CONFIGS], run, roots)
+        results.run_missing("toy", CONFIGS, run, roots)
     assert [row["config"]["seed"] for row in results.read("toy")] == [0, 1]
-    rows = results.run_missing("toy", [CONFIGS], run, roots)
+    rows = results.run_missing("toy", CONFIGS, run, roots)
     assert started == [0, 1, 2, 2, 3]
     assert rows == results.read("toy")
     assert [row["accuracy"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
     assert {row["library"] for row in rows} == {"today run.py:run+recipes.py:ours"}
     assert {tuple(row["roots"]) for row in rows} == {("run.py:run", "recipes.py:ours")}
-    assert results.run_missing("toy", [reversed(CONFIGS)], run, roots) == rows[::-1]
+    assert results.run_missing("toy", reversed(CONFIGS), run, roots) == rows[::-1]
     assert len(started) == 5
     assert "seed=3 lr=0.001 accuracy=0.3" in capsys.readouterr().err
 
 
 def side_by_side(config):
-    """Wait for the other run of the round, then say what this process has."""
+    """Wait for the other run of the same turn, then say who had started."""
     folder = Path(config["folder"])
     (folder / f"{config['round']}{config['seed']}").touch()
     for _ in range(600):
@@ -63,17 +63,19 @@ def side_by_side(config):
     raise TimeoutError(started)
 
 
-def test_a_round_runs_side_by_side_with_one_thread_each_and_after_the_one_before(tmp_path):
+def test_runs_go_side_by_side_with_one_thread_each_and_late_ones_after_the_others(tmp_path):
     (tmp_path / "started").mkdir()
     first, second = (
         [{"method": "ours", "round": r, "seed": seed, "folder": str(tmp_path / "started")} for seed in range(2)]
         for r in range(2)
     )
-    rows = results.run_missing("toy", [first, second], side_by_side, roots, workers=2)
-    assert [row["config"] for row in rows] == first + second
+    rows = results.run_missing(
+        "toy", second + first, side_by_side, roots, workers=2, late=lambda config: config["round"] == 1
+    )
+    assert [row["config"] for row in rows] == second + first
     assert {row["threads"] for row in rows} == {1}
-    assert len({row["process"] for row in rows[:2]} - {os.getpid()}) == 2
-    assert all(not name.startswith("1") for row in rows[:2] for name in row["started"])
+    assert len({row["process"] for row in rows[2:]} - {os.getpid()}) == 2
+    assert all(not name.startswith("1") for row in rows[2:] for name in row["started"])
 
 
 def broken(config):
@@ -85,16 +87,18 @@ def broken(config):
 
 def test_a_worker_that_fails_costs_its_row_alone():
     with pytest.raises(ArithmeticError, match="seed 1"):
-        results.run_missing("toy", [CONFIGS[:1], CONFIGS[1:2], CONFIGS[2:]], broken, roots, workers=2)
-    assert [row["config"]["seed"] for row in results.read("toy")] == [0]
+        results.run_missing("toy", CONFIGS, broken, roots, workers=2, late=lambda config: config["seed"] > 0)
+    seeds = {row["config"]["seed"] for row in results.read("toy")}
+    assert 0 in seeds
+    assert 1 not in seeds
 
 
 def test_rows_of_other_code_are_stale_and_run_again(checkout):
-    rows = results.run_missing("toy", [CONFIGS[:2]], lambda config: {"accuracy": 0.5}, roots)
+    rows = results.run_missing("toy", CONFIGS[:2], lambda config: {"accuracy": 0.5}, roots)
     assert results.stale(rows) == []
     checkout["hash"] = "tomorrow"
     assert results.stale(rows) == rows
-    fresh = results.run_missing("toy", [CONFIGS[:1]], lambda config: {"accuracy": 0.7}, roots)
+    fresh = results.run_missing("toy", CONFIGS[:1], lambda config: {"accuracy": 0.7}, roots)
     assert [row["accuracy"] for row in fresh] == [0.7]
     assert results.read("toy") == fresh
 
@@ -104,7 +108,7 @@ def test_a_row_carries_the_code_that_it_started_with(checkout):
         checkout["hash"] = "edited meanwhile"
         return {}
 
-    rows = results.run_missing("toy", [CONFIGS[:2]], run, roots)
+    rows = results.run_missing("toy", CONFIGS[:2], run, roots)
     assert {row["library"].split()[0] for row in rows} == {"today"}
     assert results.stale(rows) == rows
 
