@@ -223,13 +223,35 @@ def _selected(module: nn.Module, attribute: str, *parts: str) -> Iterator[Any]:
 @cache
 def _masked_class(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
     """A subclass of `cls` whose `attribute` is partly selected. A class, unlike a hook, survives `deepcopy`."""
-    members: dict[str, object] = {"masked_base": cls, "__module__": cls.__module__}
+    save, load = _state(cls, attribute)
+    members = {"masked_base": cls, "__module__": cls.__module__}
+    members |= {"_save_to_state_dict": save, "_load_from_state_dict": load}
     product = _product(cls)
     if attribute == "weight" and product is not None:
         members["forward"] = product
     else:
         members[attribute] = property(lambda module: scatter(*_selected(module, attribute, INDEX[0])))
     return type("Masked" + cls.__name__.removeprefix("Masked"), (cls,), members)
+
+
+def _state(cls: type[nn.Module], attribute: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """How a state is saved and loaded inside: as the ordinary model's, so that either takes the other's."""
+
+    def save(module: Any, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        write_selected(module, attribute)
+        cls._save_to_state_dict(module, state, prefix, keep_vars)
+        if module._parameters[attribute].dtype == module._parameters[attribute + SUFFIX].dtype:
+            del state[prefix + attribute + SUFFIX]  # a vector of more precision than its weight stays
+
+    def load(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        values, dense = module._parameters[attribute + SUFFIX], state.get(prefix + attribute)
+        if dense is not None and dense.shape == module._parameters[attribute].shape:
+            index = getattr(module, attribute + SUFFIX + "_index")
+            values = dense.reshape(-1)[index.to(dense.device)].to(values.dtype)
+        state.setdefault(prefix + attribute + SUFFIX, values)
+        cls._load_from_state_dict(module, state, prefix, *rest)
+
+    return save, load
 
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

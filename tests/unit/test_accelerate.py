@@ -1,0 +1,77 @@
+"""Masked training under `accelerate`: the plain loop's weights, and a state that is saved and loaded."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+import selective_lite as sl
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its state in the process; another test's precision must not stay in it."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def prepared(build, batches, pick, kind):
+    model = build(kind)
+    training = sl.masked(model, pick(model), dense=tuple(sl.head_weights(model)))
+    examples = [{k: v[0] for k, v in b.items()} for b in batches(kind, 16, size=1)]
+    loader = torch.utils.data.DataLoader(examples, batch_size=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    return model, training, loader, optimizer
+
+
+def train(accelerator, model, optimizer, loader):
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_accelerate_trains_as_a_plain_loop_does(build, batches, pick, kind):
+    base, training, loader, optimizer = prepared(build, batches, pick, kind)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer, loader = accelerator.prepare(base, optimizer, loader)
+    train(accelerator, model, optimizer, loader)
+    assert accelerator.unwrap_model(model) is base
+    training.close()
+
+    reference, training, loader, optimizer = prepared(build, batches, pick, kind)
+    for number, batch in enumerate(loader, 1):
+        (reference(**batch).loss / 2).backward()
+        if number % 2 == 0:
+            nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    training.close()
+    for (name, p), q in zip(base.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert any(not torch.equal(p, q) for p, q in zip(base.parameters(), build(kind).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_loaded_state_goes_on_with_the_same_bits(build, batches, pick, tmp_path, kind, safe):
+    ends = []
+    for first in (True, False):
+        base, training, loader, optimizer = prepared(build, batches, pick, kind)
+        accelerator = Accelerator(cpu=True)
+        model, optimizer, loader = accelerator.prepare(base, optimizer, loader)
+        if first:
+            train(accelerator, model, optimizer, loader)
+            accelerator.save_state(tmp_path, safe_serialization=safe)
+        else:
+            accelerator.load_state(tmp_path)
+        train(accelerator, model, optimizer, loader)
+        training.close()
+        ends.append(sl.snapshot(base))
+    assert {name for name, p in ends[0].items() if not torch.equal(p, ends[1][name])} == set()
