@@ -111,7 +111,8 @@ def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> i
     """Bytes that autograd keeps for the backward of one training step, beside the model's own tensors and the batch.
 
     Selecting saves few of them: a layer's input is kept wherever one of its weights is trained, and most other layers
-    need theirs for the gradient of what lies below. Copies of weights (by autocast, or gates) are counted too.
+    need theirs for the gradient of what lies below. Copies of weights are counted: gates make one of every weight,
+    autocast of matrices, masked training of vectors that are selected in part.
 
     Parameters
     ----------

@@ -93,9 +93,14 @@ def check(measured: Books, predicted: Books) -> None:
 
 
 def unit(books: Books) -> tuple[str, int]:
-    """The unit in which the largest sum has one digit or more before its point, and its bytes."""
+    """The unit in which the largest sum has two digits or more before its point, and its bytes."""
     largest = max(sum(book.values()) for book in books.values())
-    return next((name, size) for name, size in UNITS.items() if largest >= size or size == 1)
+    return next((name, size) for name, size in UNITS.items() if largest >= 10 * size or size == 1)
+
+
+def short(number: float) -> str:
+    """A number with three digits, or all those before its point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def verdict(book: Mapping[str, int], foretold: Mapping[str, int]) -> str:
@@ -129,23 +134,28 @@ def draw(ax: Any, measured: Books, predicted: Books) -> None:
             look = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
             ax.barh(y, width, 0.62, left=left, label=kind if y == 0 else None, **look)
             left += width
-        ax.text(left, y, f" {left:,.3g}", va="center")
+        ax.text(left, y, f" {short(left)}", va="center")
         if label in predicted:
             ends = list(accumulate(predicted[label].get(kind, 0) / size for kind in PREDICTED))
-            ax.vlines(ends, y - 0.42, y + 0.42, "black", linewidth=1.2, label=None)
+            ax.plot(ends, [y] * len(ends), "|", color="black", markersize=24, markeredgewidth=1.2)
+    handles, labels = ax.get_legend_handles_labels()
+    if predicted:
+        handles.append(ax.plot([], [], "|", color="black", markersize=11)[0])
+        labels.append("predicted")
+    ax.legend(handles, labels, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set_yticks(range(len(measured)), list(measured))
     ax.invert_yaxis()
+    ax.margins(x=0.1)
     ax.set(xlabel=name)
     ax.grid(axis="y", visible=False)
-    ax.legend(ncols=3)
 
 
 def described(measured: Books, predicted: Books) -> str:
     """What `draw` shows, as a sentence for a figure's alt text."""
     name, size = unit(measured)
     ways = [
-        f"{label} {sum(book.values()) / size:.3g}: "
-        + ", ".join(f"{kind} {book[kind] / size:.3g}" for kind in LOOKS if book.get(kind))
+        f"{label} {short(sum(book.values()) / size)}: "
+        + ", ".join(f"{kind} {short(book[kind] / size)}" for kind in LOOKS if book.get(kind))
         + (f"; prediction {verdict(book, predicted[label])}" if label in predicted else "")
         for label, book in measured.items()
     ]

@@ -154,11 +154,17 @@ def test_activations_are_those_of_training_and_the_model_is_as_before(build, bat
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
-def test_masked_training_keeps_no_more_for_the_backward_than_full_training(build, batches, kind):
+def test_selecting_in_matrices_keeps_what_training_these_whole_keeps_and_no_more_than_full_training(
+    build, batches, kind
+):
     model, (batch,) = build(kind), batches(kind, 1)
-    full = sl.activation_bytes(model, batch)
-    with sl.masked(model, selected(model), tuple(sl.head_weights(model))):
-        assert sl.activation_bytes(model, batch) <= full
+    full, names, head = sl.activation_bytes(model, batch), sl.linear_weights(model), sl.head_weights(model)
+    scores = {name: score for name, score in sl.uniform(model, 0).items() if name in names}
+    with sl.masked(model, sl.select(scores, 0.3), tuple(head)):
+        found = sl.activation_bytes(model, batch)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names or name in head)
+    assert found == sl.activation_bytes(model, batch) < full
 
 
 def test_lora_keeps_its_rank_of_values_a_token_and_layer_beside_what_masked_training_keeps(build, batches):
