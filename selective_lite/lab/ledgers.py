@@ -77,7 +77,7 @@ def show(measured: Books, predicted: Books | None = None) -> None:
     check(measured, predicted)
     print(table(measured, predicted))
     alt = described(measured, predicted)
-    with plots.figure(alt=alt, height=1.15 + 0.42 * len(measured), width=6.6) as (_, ax):
+    with plots.figure(alt=alt, height=1.4 + 0.42 * len(measured), width=6.6) as (_, ax):
         draw(ax, measured, predicted)
 
 
