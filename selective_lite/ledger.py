@@ -133,6 +133,5 @@ def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> i
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    tensors = filter(torch.is_tensor, values)
     # Storages are told apart by their address in C++, not by the data's, which is 0 on the meta device.
-    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in filter(torch.is_tensor, values))}.values())
