@@ -6,7 +6,7 @@ Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship*
 from .adapters import adapters, add_adapters, linear_weights, merge_adapters, remove_adapters
 from .delta import Delta, DeltaError, diff, load
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
-from .ledger import ledger
+from .ledger import activation_bytes, ledger, predicted_ledger
 from .masked import masked
 from .params import head_weights, resolve_budget, snapshot, weights
 from .scores import (
@@ -27,10 +27,10 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "Delta", "DeltaError", "HardConcrete", "Phase", "Selection", "adapters", "add_adapters", "constant", "cosine_decay",
-    "dense", "deterministic_gate", "diff", "exclude", "expected_squared_gradient", "fit", "fixed_mask",
-    "gradient_magnitude", "hard_concrete", "head_weights", "ledger", "linear_decay", "linear_weights", "load",
-    "magnitude", "masked", "merge_adapters", "model_loss", "movement", "open_probability", "random_nonzero",
-    "remove_adapters", "resolve_budget", "rule", "select", "shuffled", "snapshot", "squared_gradient", "taylor",
-    "uniform", "weights",
+    "Delta", "DeltaError", "HardConcrete", "Phase", "Selection", "activation_bytes", "adapters", "add_adapters",
+    "constant", "cosine_decay", "dense", "deterministic_gate", "diff", "exclude", "expected_squared_gradient",
+    "fit", "fixed_mask", "gradient_magnitude", "hard_concrete", "head_weights", "ledger", "linear_decay",
+    "linear_weights", "load", "magnitude", "masked", "merge_adapters", "model_loss", "movement", "open_probability",
+    "predicted_ledger", "random_nonzero", "remove_adapters", "resolve_budget", "rule", "select", "shuffled",
+    "snapshot", "squared_gradient", "taylor", "uniform", "weights",
 ]

@@ -1,6 +1,6 @@
 """What the book stands on: assets, models, tasks, progress, plots and explorers."""
 
-from . import explorers, plots, results
+from . import explorers, ledgers, plots, results
 from .device import device, seed_everything
 from .equations import check
 from .models import load_classifier
@@ -13,6 +13,7 @@ __all__ = [
     "device",
     "evaluate",
     "explorers",
+    "ledgers",
     "load_classifier",
     "load_task",
     "plots",
