@@ -110,9 +110,8 @@ def select(
     total = sum(map(prod, shapes.values()))
     k = resolve_budget(budget, total if of is None else of)
     if k > (n := nonzero if largest else total):
-        raise ValueError(
-            f"budget={budget} asks for {k} weights, but only {n} scores are {'non-zero' if largest else 'there'}"
-        )
+        what = "non-zero" if largest else "there"
+        raise ValueError(f"budget={budget} asks for {k} weights, but only {n} scores are {what}; lower it")
 
     cutoff, ties = _kth_key(scores, largest, wide, k, histogram)
     parts: dict[str, list[Tensor]] = {}

@@ -188,7 +188,12 @@ def test_gradient_scores_select_the_same_but_for_rounding_at_the_cutoff(build, b
         ({"w": torch.tensor([1.0, float("inf")])}, 1, ValueError, "not finite"),
         ({"w": torch.tensor([1.0, -float("inf")])}, 1, ValueError, "not finite"),
         ({"v": torch.zeros(2), "w": torch.zeros(2)}, 1, ValueError, "zero for every weight"),
-        ({"w": torch.tensor([0.0, 2.0, -1.0])}, 3, ValueError, "budget=3 asks for 3 weights, but only 2 scores"),
+        (
+            {"w": torch.tensor([0.0, 2.0, -1.0])},
+            3,
+            ValueError,
+            "budget=3 asks for 3 weights, but only 2 scores",
+        ),
         ({"w": torch.ones(4)}, 5, ValueError, "budget=5 is outside"),
         ({"w": torch.ones(4)}, 1.5, ValueError, "budget=1.5 is outside"),
         ({"w": torch.ones(4)}, True, TypeError, "budget=True is a bool"),
