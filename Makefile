@@ -59,6 +59,7 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 results: $(ENVIRONMENT) assets ## run the full experiments, hours; an interrupted run goes on where it stopped
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.plan
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/masked_step.py
+	$(BIN)/python benchmarks/selecting.py
 
 .PHONY: setup
 setup: node browser $(ENVIRONMENT) $(NODE_MODULES) assets ## install everything, the system's part too (as root)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -180,9 +182,7 @@ def expected_squared_gradient(
             with torch.no_grad():
                 shape = model(**inputs).logits.shape
             if len(shape) != 2:
-                raise ValueError(
-                    f"logits have shape {tuple(shape)}, not (samples, classes); use squared_gradient, with given labels"
-                )
+                raise ValueError(f"logits have shape {tuple(shape)}, not (samples, classes); use squared_gradient")
             for sample in _samples(inputs):
                 yield from ({**sample, "labels": torch.tensor(c, device="cpu")} for c in range(shape[1]))
 
@@ -235,39 +235,48 @@ def _drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) ->
 
 
 def _accumulate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    loss: Loss,
-    head: Sequence[str] | None,
-    of: Callable[[Tensor], Tensor],
+    model: nn.Module, batches: Iterable[Batch], loss: Loss, head: Sequence[str] | None, of: Callable[[Tensor], Tensor]
 ) -> Scores:
-    """Sum `of(gradient)` over batches for every candidate. `autograd.grad` leaves the model's own ``.grad`` alone."""
+    """Sum `of(gradient)` over batches for every candidate, holding no two gradients; ``.grad`` is left alone."""
     candidates = weights(model, head)
-    parameters = list(candidates.values())
     # In half precision a sum of a thousand squares would saturate.
-    sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-    count = 0
-    with modes_kept(model), only_trainable(model, parameters), torch.enable_grad():
+    sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in candidates.values()}
+    batch = None
+    with modes_kept(model), only_trainable(model, sums), torch.enable_grad():
         model.eval()
         for batch in batches:
-            gradients = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
-            count += 1
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += of(gradient.to(total.dtype))
-    if count == 0:
+            _add_gradients(loss(model, batch), sums, of)
+    if batch is None:
         raise ValueError("batches is empty; a gradient score needs at least one batch")
-    scores = dict(zip(candidates, sums, strict=True))
+    scores = {name: sums[p] for name, p in candidates.items()}
     check_scores(scores)
     return scores
+
+
+def _add_gradients(loss: Tensor, sums: Mapping[nn.Parameter, Tensor], of: Callable[[Tensor], Tensor]) -> None:
+    """Add `of(gradient)` to every sum, and drop each gradient as soon as it is complete."""
+
+    def add(total: Tensor, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        total += of(gradient.to(total.dtype))
+        # What autograd holds in its place: one zero.
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+    with ExitStack() as hooks:  # only now: computing the loss may take gradients, too
+        for p, total in sums.items():
+            hooks.enter_context(p.register_hook(partial(add, total)))
+        torch.autograd.grad(loss, list(sums), allow_unused=True)
+
+
+NOT_FINITE = "scores[{!r}] has a value that is not finite; check the loss and the model's weights"
+ALL_ZERO = "scores are zero for every weight; a zero-initialised head passes no gradient: initialise or train it first"
 
 
 def check_scores(scores: Mapping[str, Tensor]) -> None:
     """Raise a `ValueError` that names the tensor if a score is not finite, or if every score is zero."""
     for name, score in scores.items():
         if not torch.isfinite(score).all():
-            raise ValueError(f"scores[{name!r}] has a value that is not finite; check the loss and the model's weights")
+            raise ValueError(NOT_FINITE.format(name))
     if not any(score.any() for score in scores.values()):
-        raise ValueError(
-            "scores are zero for every weight; a zero-initialised head passes no gradient: initialise or train it first"
-        )
+        raise ValueError(ALL_ZERO)

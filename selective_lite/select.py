@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .params import resolve_budget, weights
-from .scores import check_scores
+from .scores import ALL_ZERO, NOT_FINITE, check_scores
 
-CHUNK = 1 << 20  # scores looked at together: what selecting holds beside the scores and the result
+CHUNK = 1 << 18  # scores looked at together: what selecting holds beside the scores and the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +68,8 @@ class Selection:
 
     def overlap(self, other: Selection) -> float:
         """Shared weights over the smaller count, in [0, 1]; two random selections share about ``other.fraction``."""
-        shared = sum(
-            int(torch.isin(positions, other.indices[name], assume_unique=True).sum())
-            for name, positions in self.indices.items()
-            if name in other.indices
-        )
+        both = self.indices.keys() & other.indices.keys()
+        shared = sum(int(torch.isin(self.indices[n], other.indices[n], assume_unique=True).sum()) for n in both)
         return shared / min(self.count, other.count)
 
 
@@ -81,13 +78,15 @@ def select(
 ) -> Selection:
     """The k weights with the largest (or smallest) scores, exactly k, ties broken by tensor order, then position.
 
-    Two passes of 16 bits over the scores' bit patterns find the k-th score (a radix selection): linear time, and no
-    second copy of the scores.
+    Two passes of 16 bits over the scores' bit patterns find the k-th score (a radix selection), a third takes what is
+    above it: linear time, and no second copy of the scores.
 
     Parameters
     ----------
     scores
-        ``{name: tensor}``, floating point, any device.
+        ``{name: tensor}``, floating point, any device. A mapping may also make its tensors when they are asked for,
+        from files or from a seed: each is made once a pass, three times (six where a score is float64), and none is
+        held while the next is made.
     budget
         A count (int) or a fraction of `of` (float in (0, 1]); see `resolve_budget`.
     largest
@@ -102,90 +101,98 @@ def select(
     Raises
     ------
     TypeError, ValueError
-        For a bad budget, an empty mapping, non-floating or non-finite scores, or fewer than k non-zero scores where
-        the largest are wanted (zeros would be selected by position alone).
+        For a bad budget, an empty mapping, non-floating, non-finite or all-zero scores, fewer than k non-zero scores
+        where the largest are wanted (zeros would be selected by position alone), or scores that change between passes.
     """
     if not scores:
         raise ValueError("scores is empty; give one tensor of scores for every candidate tensor")
-    for name, score in scores.items():
-        if not score.is_floating_point() or score.is_meta:
-            raise ValueError(f"scores[{name!r}] has dtype {score.dtype} on {score.device}; give floats with values")
-    total = sum(score.numel() for score in scores.values())
+    wide, shapes, nonzero, histogram = _survey(scores, largest)
+    total = sum(map(prod, shapes.values()))
     k = resolve_budget(budget, total if of is None else of)
-    if k > total:
-        raise ValueError(f"budget={budget} asks for {k} weights, but scores holds only {total}")
-    check_scores(scores)
-    if largest:
-        nonzero = sum(int(score.count_nonzero()) for score in scores.values())
-        if nonzero < k:
-            raise ValueError(f"budget={budget} asks for {k} weights, but only {nonzero} scores are non-zero; lower it")
+    if k > (n := nonzero if largest else total):
+        what = "non-zero" if largest else "there"
+        raise ValueError(f"budget={budget} asks for {k} weights, but only {n} scores are {what}; lower it")
 
-    keys = sort_keys(scores, largest)
-    cutoff, ties = _kth_key(keys, k, bits=64 if any(s.dtype == torch.float64 for s in scores.values()) else 32)
-    indices: dict[str, list[Tensor]] = {}
-    for name, start, key in keys():
-        chosen = key > cutoff
-        tied = (key == cutoff).nonzero().squeeze(1)[:ties]
-        chosen[tied] = True
-        ties -= len(tied)
-        positions = chosen.nonzero().squeeze(1)
-        if len(positions):
-            indices.setdefault(name, []).append(positions + start)
-    shapes = {name: tuple(score.shape) for name, score in scores.items()}
-    return Selection({name: torch.cat(parts) for name, parts in indices.items()}, shapes)
+    cutoff, ties = _kth_key(scores, largest, wide, k, histogram)
+    parts: dict[str, list[Tensor]] = {}
+    for name, _, start, key in sort_keys(scores, largest, wide):
+        positions = (key >= cutoff).nonzero().squeeze(1)
+        tied = key[positions] == cutoff
+        parts.setdefault(name, []).append(start + positions[~tied | (tied.cumsum(0) <= ties)])
+        ties -= int(tied.sum())
+    selection = Selection({name: i for name in shapes if len(i := torch.cat(parts.pop(name)))}, shapes)
+    if selection.count != k:
+        raise ValueError(f"scores changed from one pass to the next: {selection.count} of them, not {k}, were found")
+    return selection
 
 
-Keys = Callable[[], Iterator[tuple[str, int, Tensor]]]
+Keys = Iterator[tuple[str, tuple[int, ...], int, Tensor]]
 
 
-def sort_keys(scores: Mapping[str, Tensor], largest: bool) -> Keys:
-    """Scores as integers of the same order: a function that goes through them in chunks, as often as it is called.
+def sort_keys(scores: Mapping[str, Tensor], largest: bool, wide: bool) -> Keys:
+    """Go through the scores in chunks, as integers of the same order.
 
     Parameters
     ----------
     scores
-        ``{name: tensor}``, floating point, any device.
+        ``{name: tensor}``, floating point, any device. None is held while the next is made.
     largest
         Whether the largest score has the largest key, or the smallest.
+    wide
+        Whether every key is int64. If not, only a float64 tensor's are, which cannot be compared with the others.
 
-    Returns
-    -------
-    callable
-        ``() -> iterator`` over (tensor name, first flat position, keys), in the order of the scores; keys are on CPU,
-        int32, or int64 where a score is float64. Scores are equal if and only if their keys are.
+    Yields
+    ------
+    tuple
+        (tensor name, its shape, first flat position, keys), in the order of the scores, at least one a tensor; keys
+        are on CPU, int32 or int64. Scores are equal if and only if their keys are; the key of zero is 0.
     """
-    wide = any(score.dtype == torch.float64 for score in scores.values())
-    as_float, as_int, low = (
-        (torch.float64, torch.int64, (1 << 63) - 1) if wide else (torch.float32, torch.int32, (1 << 31) - 1)
-    )
-
-    def chunks() -> Iterator[tuple[str, int, Tensor]]:
-        for name, score in scores.items():
-            flat = score.detach().reshape(-1)
-            for start in range(0, flat.numel(), CHUNK):
-                # + 0.0 makes -0.0 and 0.0 one score; a negative float's magnitude bits count downwards.
-                bits = (flat[start : start + CHUNK].cpu().to(as_float) + 0.0).view(as_int)
-                key = torch.where(bits < 0, bits ^ low, bits)
-                yield name, start, key if largest else ~key
-
-    return chunks
+    for name in scores:  # not items(), which would hold a tensor while the next is made
+        score = scores[name]
+        if not score.is_floating_point() or score.is_meta:
+            raise ValueError(f"scores[{name!r}] has dtype {score.dtype} on {score.device}; give floats with values")
+        long = wide or score.dtype == torch.float64
+        as_float, as_int, sign = (torch.float64, torch.int64, 63) if long else (torch.float32, torch.int32, 31)
+        flat, shape = score.detach().reshape(-1), tuple(score.shape)
+        for start in range(0, max(flat.numel(), 1), CHUNK):
+            chunk = flat[start : start + CHUNK].cpu().to(as_float)
+            # The sum makes -0.0 and 0.0 one score; a negative float's magnitude bits count downwards.
+            bits = (0.0 + chunk if largest else 0.0 - chunk).view(as_int)
+            yield name, shape, start, bits ^ ((bits >> sign) & ((1 << sign) - 1))
+        del score, flat, chunk
 
 
-def _kth_key(keys: Keys, k: int, bits: int) -> tuple[int, int]:
+def _survey(scores: Mapping[str, Tensor], largest: bool, wide: bool = False) -> tuple[bool, dict, int, Tensor]:
+    """The first pass: is one float64, all shapes, how many scores are not zero, how often each first 16 bits occur."""
+    shapes, nonzero, histogram = {}, 0, torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
+    bits, edge = (64, 16) if wide else (32, 128)  # that many keys at either end are infinite, or no numbers
+    for name, shape, _, key in sort_keys(scores, largest, wide):
+        if key.dtype == torch.int64 and not wide:
+            break
+        counts = torch.bincount((key >> (bits - 16)) + (1 << 15), minlength=1 << 16)  # negative keys come first
+        if counts[:edge].any() or counts[-edge:].any():
+            raise ValueError(NOT_FINITE.format(name))
+        shapes[name], nonzero, histogram = shape, nonzero + int(key.count_nonzero()), histogram + counts
+    else:
+        if nonzero == 0:
+            raise ValueError(ALL_ZERO)
+        return wide, shapes, nonzero, histogram
+    return _survey(scores, largest, wide=True)
+
+
+def _kth_key(scores: Mapping[str, Tensor], largest: bool, wide: bool, k: int, histogram: Tensor) -> tuple[int, int]:
     """The k-th largest key, and how many of the keys equal to it are among the k."""
-    prefix, wanted = 0, k
+    bits, prefix, wanted, first = 64 if wide else 32, 0, k, -(1 << 15)
     for shift in range(bits - 16, -1, -16):
-        histogram = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
-        for _, _, key in keys():
-            if shift == bits - 16:
-                digit = (key >> shift) + (1 << 15)  # the sign bit: negative keys come first
-            else:
+        if shift < bits - 16:
+            histogram, first = torch.zeros_like(histogram), 0
+            for *_, key in sort_keys(scores, largest, wide):
                 digit = (key[(key >> (shift + 16)) == prefix] >> shift) & 0xFFFF
-            histogram += torch.bincount(digit, minlength=1 << 16)
+                histogram += torch.bincount(digit, minlength=1 << 16)
         above = histogram.flip(0).cumsum(0)
-        bucket = (1 << 16) - 1 - int((above < wanted).sum())
-        wanted -= int(above[(1 << 16) - 1 - bucket] - histogram[bucket])
-        prefix = bucket - (1 << 15) if shift == bits - 16 else (prefix << 16) | bucket
+        passed = int((above < wanted).sum())
+        wanted -= int(above[passed] - histogram[-1 - passed])
+        prefix = (prefix << 16) + first + (1 << 16) - 1 - passed
     return prefix, wanted
 
 
@@ -209,12 +216,10 @@ def shuffled(selection: Selection, seed: int) -> Selection:
     It separates *which tensor* from *which entry*.
     """
     generator = torch.Generator().manual_seed(seed)
-    indices = {
-        name: torch.randperm(prod(selection.shapes[name]), generator=generator, device="cpu")[: len(positions)]
-        .sort()
-        .values
-        for name, positions in selection.indices.items()
-    }
+    indices = {}
+    for name, positions in selection.indices.items():
+        drawn = torch.randperm(prod(selection.shapes[name]), generator=generator, device="cpu")
+        indices[name] = drawn[: len(positions)].sort().values
     return Selection(indices, dict(selection.shapes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 
@@ -33,13 +34,14 @@ def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
     k
         The budget, a count.
     """
-    keys, bits = sort_keys(scores, True), 64 if any(s.dtype == torch.float64 for s in scores.values()) else 32
+    wide = any(score.dtype == torch.float64 for score in scores.values())
+    keys, bits = partial(sort_keys, scores, True, wide), 64 if wide else 32
     above, prefix = dict.fromkeys(scores, 0), 0
 
     def histograms(shift: int) -> Iterator[tuple[str, Tensor]]:
         for name, chunks in groupby(keys(), itemgetter(0)):
             histogram = torch.zeros(BUCKETS, dtype=torch.int64, device="cpu")
-            for _, _, key in chunks:
+            for *_, key in chunks:
                 if shift == bits - 16:
                     digit = (key >> shift) + BUCKETS // 2  # the sign bit: negative keys come first
                 else:
@@ -61,7 +63,7 @@ def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
 
     # Scores that equal the cutoff follow in the order of the tensors.
     spent = _total(above, charge)
-    for name, _, key in keys():
+    for name, *_, key in keys():
         ties = int((key == prefix).sum())
         steps = charge(name, above[name] + torch.arange(ties + 1, device="cpu"))
         missing = int((spent + steps - steps[0] < k).sum())

@@ -1,6 +1,7 @@
 """Scores: the formula they claim, on an evaluation-mode model that comes back as it was."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ GRADIENT_SCORES = {
 }
 
 
-def gradients(model, batch):
+def gradients(model, batch, loss=sl.model_loss):
     """The gradient of the mean loss for every candidate."""
     parameters = sl.weights(model)
-    found = torch.autograd.grad(model(**batch).loss, list(parameters.values()), allow_unused=True)
+    found = torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
 
 
@@ -68,6 +69,26 @@ def test_a_loss_that_raises_leaves_the_model_as_it_was(build, batches):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_backward_pass_that_raises_leaves_no_hook_behind(build, batches):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("out of memory")
+
+    model, data = build("toy"), batches("toy", 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sl.squared_gradient(model, data, loss=lambda m, b: Fails.apply(m(**b).loss))
+    seen = []
+    model.second.weight.register_hook(lambda gradient: seen.append(gradient))
+    model(**data[0]).loss.backward()
+    assert torch.equal(model.second.weight.grad, seen[0])
+    assert model.second.weight.grad.any()
+
+
 @pytest.mark.parametrize("score", GRADIENT_SCORES)
 def test_scores_do_not_depend_on_dropout_or_on_being_under_no_grad(build, batches, score):
     model, data = build("toy"), batches("toy", 2)
@@ -85,6 +106,57 @@ def test_per_sample_is_the_sum_of_squares_of_single_samples_for_any_batch_size(b
             expected[name] += gradient**2
     assert_close(sl.squared_gradient(model, data), expected)
     assert_close(sl.squared_gradient(model, samples(data)), expected)
+
+
+def twice(model, batch):
+    """A loss with two passes through the model, and a gradient of its own on the way."""
+    first = model(**batch).loss
+    (inner,) = torch.autograd.grad(first, list(sl.weights(model).values())[:1], retain_graph=True)
+    return inner.square().sum() * first + model(**{**batch, "labels": batch["labels"].flip(0)}).loss ** 2
+
+
+@pytest.mark.parametrize("kind", ["toy", "bert", "bert_tied", "llama", "gpt2"])
+@pytest.mark.parametrize("loss", [sl.model_loss, twice])
+def test_scores_are_bit_for_bit_those_of_whole_gradients(build, batches, kind, loss):
+    model, data = build(kind), batches(kind, 2)
+    expected = {name: torch.zeros_like(p) for name, p in sl.weights(model).items()}
+    for batch in data:
+        for name, gradient in gradients(model, batch, loss).items():
+            expected[name] += gradient.square()
+    found = sl.squared_gradient(model, data, reduction="batch", loss=loss)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert_tied"])
+def test_no_two_gradients_are_held(build, batches, kind):
+    model, live, most = build(kind), weakref.WeakSet(), []
+
+    def seen(gradient):
+        live.add(gradient)
+        most.append(len(live))
+
+    for p in sl.weights(model).values():
+        p.register_hook(seen)
+    sl.squared_gradient(model, batches(kind, 2), reduction="batch")
+    assert len(most) > 2 * 30  # every weight, in both batches
+    assert max(most) == 1
+
+
+def test_a_function_that_gives_no_gradient_leaves_a_score_of_zero(build, batches):
+    class Blocks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, None
+
+    model = build("toy")
+    model.spare = nn.Linear(2, 2)
+    found = sl.squared_gradient(model, batches("toy", 1), loss=lambda m, b: Blocks.apply(m(**b).loss, m.spare.weight))
+    assert found["first.weight"].any()
+    assert not found["spare.weight"].any()
 
 
 def test_batch_squares_each_batch_s_mean_gradient_and_is_another_thing(build, batches):

@@ -1,12 +1,15 @@
 """Selection: exactly k, the same indices for the same scores, and controls that control one thing each."""
 
 import sys
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
 
@@ -30,13 +33,34 @@ def stable_sort(scores, k, largest):
     return chosen
 
 
+class Made(Mapping):
+    """Scores that are made when they are asked for; it counts how often, and how many live at once."""
+
+    def __init__(self, make, names):
+        self.make, self.names = make, list(names)
+        self.made, self.most, self.alive = dict.fromkeys(self.names, 0), 0, weakref.WeakSet()
+
+    def __getitem__(self, name):
+        score = self.make(name).clone()
+        self.made[name] += 1
+        self.alive.add(score)
+        self.most = max(self.most, len(self.alive))
+        return score
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
 def as_lists(selection):
     return {name: positions.tolist() for name, positions in selection.indices.items()}
 
 
 @st.composite
 def scores_and_k(draw):
-    dtype = draw(st.sampled_from(DTYPES))
+    one, other = draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)))
     values = draw(
         st.one_of(
             # Few distinct values: nearly every cutoff is tied.
@@ -45,10 +69,11 @@ def scores_and_k(draw):
             st.lists(st.floats(-1e300, 1e300), min_size=2, max_size=60),
         )
     )
-    flat = torch.tensor(values, dtype=torch.float64).to(dtype)
-    cut = draw(st.integers(1, len(flat) - 1))
-    rest = flat[cut:]
-    return {"a": flat[:cut], "b": rest.reshape(-1, 2) if len(rest) % 2 == 0 else rest}, draw(st.integers(1, len(flat)))
+    flat = torch.tensor(values, dtype=torch.float64)
+    cut = draw(st.integers(0, len(flat)))
+    rest = flat[cut:].to(other)
+    scores = {"a": flat[:cut].to(one), "b": rest.reshape(-1, 2) if len(rest) % 2 == 0 else rest}
+    return scores, draw(st.integers(1, len(flat)))
 
 
 @given(scores_and_k(), st.booleans(), st.sampled_from([3, 1 << 20]))
@@ -69,9 +94,13 @@ def test_select_is_a_stable_sort(case, largest, chunk):
             with pytest.raises(ValueError, match=f"asks for {k} weights, but only {every.count_nonzero()} scores"):
                 sl.select(scores, k)
         else:
-            found = sl.select(scores, k, largest=largest)
+            made = Made(scores.get, scores)
+            found = sl.select(made, k, largest=largest)
             assert found.count == k
+            assert found.shapes == {name: tuple(score.shape) for name, score in scores.items()}
             assert as_lists(found) == stable_sort(scores, k, largest)
+            assert made.most == 1
+            assert max(made.made.values()) <= (6 if torch.float64 in (scores["a"].dtype, scores["b"].dtype) else 3)
     finally:
         select_module.CHUNK = usual
 
@@ -79,6 +108,31 @@ def test_select_is_a_stable_sort(case, largest, chunk):
 def test_float64_scores_that_agree_in_float32_are_told_apart():
     scores = {"a": 1 + torch.arange(6, dtype=torch.float64) * 1e-12, "b": torch.ones(3)}
     assert as_lists(sl.select(scores, 2)) == {"a": [4, 5]}
+
+
+def test_no_tensor_made_on_the_way_is_longer_than_a_chunk_or_a_histogram(monkeypatch):
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.untyped_storage().data_ptr() not in given:
+                sizes.append(out.numel())
+            return out
+
+    monkeypatch.setattr(select_module, "CHUNK", 5000)
+    scores = {"a": torch.randn(200, 500), "b": torch.randn(90_000).bfloat16(), "c": torch.randn(700, 100)}
+    given = {score.untyped_storage().data_ptr() for score in scores.values()}
+    with Sizes():
+        found = sl.select(scores, 0.1)
+    assert found.count == 26_000
+    assert 5000 <= max(sizes) <= 1 << 16
+
+
+def test_scores_that_change_from_one_pass_to_the_next_are_refused():
+    scores = Made(lambda name: torch.rand(1000), "ab")
+    with pytest.raises(ValueError, match=r"scores changed from one pass to the next: \d+ of them, not 100, were found"):
+        sl.select(scores, 100)
 
 
 def test_quantised_scores_give_the_same_indices_under_any_number_of_threads():
@@ -134,7 +188,12 @@ def test_gradient_scores_select_the_same_but_for_rounding_at_the_cutoff(build, b
         ({"w": torch.tensor([1.0, float("inf")])}, 1, ValueError, "not finite"),
         ({"w": torch.tensor([1.0, -float("inf")])}, 1, ValueError, "not finite"),
         ({"v": torch.zeros(2), "w": torch.zeros(2)}, 1, ValueError, "zero for every weight"),
-        ({"w": torch.tensor([0.0, 2.0, -1.0])}, 3, ValueError, "budget=3 asks for 3 weights, but only 2 scores"),
+        (
+            {"w": torch.tensor([0.0, 2.0, -1.0])},
+            3,
+            ValueError,
+            "budget=3 asks for 3 weights, but only 2 scores",
+        ),
         ({"w": torch.ones(4)}, 5, ValueError, "budget=5 is outside"),
         ({"w": torch.ones(4)}, 1.5, ValueError, "budget=1.5 is outside"),
         ({"w": torch.ones(4)}, True, TypeError, "budget=True is a bool"),
@@ -148,8 +207,10 @@ def test_bad_scores_and_budgets_are_named(scores, budget, error, message):
 def test_a_fraction_may_refer_to_the_whole_model():
     scores = {"w": torch.rand(10) + 1}
     assert sl.select(scores, 0.05, of=100).count == 5
-    with pytest.raises(ValueError, match=r"budget=0\.2 asks for 20 weights, but scores holds only 10"):
+    with pytest.raises(ValueError, match=r"budget=0\.2 asks for 20 weights, but only 10 scores are non-zero"):
         sl.select(scores, 0.2, of=100)
+    with pytest.raises(ValueError, match=r"asks for 20 weights, but only 10 scores are there"):
+        sl.select(scores, 0.2, of=100, largest=False)
 
 
 def test_what_a_selection_says_about_itself():
