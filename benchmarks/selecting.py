@@ -79,7 +79,7 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 
 if __name__ == "__main__":
-    rows = results.run_missing("selecting", [CONFIGS], run, lambda config: ROOTS)
+    rows = results.run_missing("selecting", CONFIGS, run, lambda config: ROOTS)
     print(
         f"{'scores':>13} {'budget':>7} {'selected':>9} {'selecting':>10} {'making':>8} {'extra MB':>8} {'of scores':>9}"
     )
