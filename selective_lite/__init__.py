@@ -4,7 +4,6 @@ Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship*
 """
 
 from .adapters import adapters, add_adapters, linear_weights, merge_adapters, remove_adapters
-from .delta import Delta, DeltaError, diff, load
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
 from .ledger import activation_bytes, ledger, predicted_ledger
 from .masked import masked
@@ -21,6 +20,11 @@ from .scores import (
     uniform,
 )
 from .select import Selection, random_nonzero, rule, select, shuffled
+from .ship.compose import combine
+from .ship.container import DeltaError
+from .ship.delta import Delta, diff, load
+from .ship.describe import describe
+from .ship.shira import to_shira
 from .train import Phase, constant, cosine_decay, dense, fit, fixed_mask, linear_decay
 
 __version__ = "0.1.0"
@@ -28,9 +32,9 @@ __version__ = "0.1.0"
 # fmt: off
 __all__ = [
     "Delta", "DeltaError", "HardConcrete", "Phase", "Selection", "activation_bytes", "adapters", "add_adapters",
-    "constant", "cosine_decay", "dense", "deterministic_gate", "diff", "exclude", "expected_squared_gradient",
-    "fit", "fixed_mask", "gradient_magnitude", "hard_concrete", "head_weights", "ledger", "linear_decay",
-    "linear_weights", "load", "magnitude", "masked", "merge_adapters", "model_loss", "movement", "open_probability",
-    "predicted_ledger", "random_nonzero", "remove_adapters", "resolve_budget", "rule", "select", "shuffled",
-    "snapshot", "squared_gradient", "taylor", "uniform", "weights",
+    "combine", "constant", "cosine_decay", "dense", "describe", "deterministic_gate", "diff", "exclude",
+    "expected_squared_gradient", "fit", "fixed_mask", "gradient_magnitude", "hard_concrete", "head_weights", "ledger",
+    "linear_decay", "linear_weights", "load", "magnitude", "masked", "merge_adapters", "model_loss", "movement",
+    "open_probability", "predicted_ledger", "random_nonzero", "remove_adapters", "resolve_budget", "rule", "select",
+    "shuffled", "snapshot", "squared_gradient", "taylor", "to_shira", "uniform", "weights",
 ]

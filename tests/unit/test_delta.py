@@ -13,7 +13,7 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.delta import _digest
+from selective_lite.ship.container import digest
 
 
 def bits(tensor):
@@ -282,7 +282,7 @@ def forged(path, tensors=None, metadata=None, text=None, remove=()):
     if text is None:
         text = json.dumps({**json.loads(old["selective_lite"]), **(metadata or {})}, sort_keys=True)
     forgery = path.with_name("forged")
-    forgery.write_bytes(save_bytes(new, {"selective_lite": text, "sha256": _digest(text, new)}))
+    forgery.write_bytes(save_bytes(new, {"selective_lite": text, "sha256": digest(text, new)}))
     return forgery
 
 
@@ -384,11 +384,11 @@ def test_the_checksum_covers_metadata_and_tensors(path):
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + header_length(content)])["__metadata__"]
     tensors = load_bytes(content)
-    digest = hashlib.sha256(header["selective_lite"].encode())
+    expected = hashlib.sha256(header["selective_lite"].encode())
     for name in sorted(tensors):
-        digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(bits(tensors[name]))
-    assert header["sha256"] == digest.hexdigest()
+        expected.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        expected.update(bits(tensors[name]))
+    assert header["sha256"] == expected.hexdigest()
 
 
 # Small modules

@@ -1,32 +1,25 @@
-"""Delta: what fine-tuning changed, as one small checked file; apply and revert are bit-exact."""
+"""Delta: what fine-tuning changed, as positions, tensors and small modules; apply and revert are bit-exact."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from .adapters import KINDS, adapter_parameters, adapters, add_adapters, check_places, part_shapes, remove_adapters
-from .params import head_weights, weights
+from ..adapters import KINDS, adapter_parameters, adapters, add_adapters, check_places, part_shapes, remove_adapters
+from ..params import head_weights, weights
+from .container import DeltaError, bits, digest, read, write
+from .gaps import increasing, pack, unpack
 
-VERSIONS = (1, 2)  # 2 has small modules; a delta without them is still written as 1
-POSITIONS, VALUES, DENSE, HEAD, MODULES = "positions/", "values/", "dense/", "head/", "modules/"
-
-
-class DeltaError(ValueError):
-    """A delta file that is damaged, or does not fit the model; the model was not touched."""
+Encoding = Literal["flat", "gap-lzma"]
+# The oldest version that can hold it: 2 has small modules; in 3 one stream of gaps stands for all positions.
+VERSIONS: dict[int, Encoding] = {1: "flat", 2: "flat", 3: "gap-lzma"}
+POSITIONS, VALUES, DENSE, HEAD, MODULES, GAPS = "positions/", "values/", "dense/", "head/", "modules/", "gaps"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,26 +64,41 @@ class Delta:
         whole = {name: (None, tensor) for name, tensor in (*self.dense.items(), *self.head.items())}
         return {**whole, **{name: (self.positions[name], values) for name, values in self.values.items()}}
 
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """Every stored tensor but the positions, with the name of the base's tensor that it belongs to."""
+        small = [(name, tensor) for name, parts in self.modules.items() for tensor in parts.values()]
+        return [*self.values.items(), *self.dense.items(), *self.head.items(), *small]
+
     def _tensors(self) -> dict[str, Tensor]:
         small = {f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()}
         parts = {POSITIONS: self.positions, VALUES: self.values, DENSE: self.dense, HEAD: self.head, MODULES: small}
         return {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the delta as safetensors, with a SHA-256 over tensors and metadata; complete or not at all."""
-        path = Path(path)
-        tensors = self._tensors()
-        text = json.dumps(self.metadata, sort_keys=True)
-        content = save_bytes(tensors, {"selective_lite": text, "sha256": _digest(text, tensors)})
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+    def save(self, path: str | os.PathLike, encoding: Encoding = "flat") -> None:
+        """Write the delta as safetensors, with a SHA-256 over tensors and metadata; complete or not at all.
+
+        Parameters
+        ----------
+        path
+            Of the file; one that is there is replaced.
+        encoding
+            ``"flat"`` stores positions as they are, for every tool to read; ``"gap-lzma"`` as compressed gaps, in a
+            third of the bytes.
+
+        Raises
+        ------
+        ValueError
+            If `encoding` is another one.
+        """
+        if encoding not in VERSIONS.values():
+            raise ValueError(f"encoding={encoding!r} is unknown; choose one of {(*dict.fromkeys(VERSIONS.values()),)}")
+        tensors, metadata = self._tensors(), {**self.metadata, "version": 2 if self.modules else 1}
+        if encoding == "gap-lzma":
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(POSITIONS)}
+            tensors[GAPS] = pack([self.positions[name] for name in sorted(self.values)])
+            metadata["version"] = 3
+            del metadata["dtypes"]  # the tensors say it
+        write(path, tensors, metadata)
 
     def apply(self, model: nn.Module) -> Applied:
         """Put the tuned values and the small modules into a model, in place.
@@ -111,6 +119,16 @@ class Delta:
             If a tensor is missing, or has another shape or dtype, or the base's values are not those that the delta
             was made from, or a layer cannot take its small module. The model is unchanged.
         """
+        return Applied(self, model)
+
+    def base_values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The base's own values where this delta replaces them, on the CPU; errors as `apply`.
+
+        Returns
+        -------
+        dict
+            ``{name: values (k,)}`` for single positions, ``{name: tensor (numel,)}`` for dense tensors and the head.
+        """
         named = dict(model.named_parameters())
         for name, shape in self.metadata["shapes"].items():
             if name not in named:
@@ -120,12 +138,14 @@ class Delta:
             wanted = self.metadata["dtypes"][name]
             if str(named[name].dtype) != wanted:
                 raise DeltaError(f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it")
-        self._check_places(model)
-        if self._fingerprint(named) != self.metadata["fingerprint"]:
+        if self.modules:
+            self._check_places(model)
+        found = {name: _at(named[name], where) for name, (where, _) in self._replaced().items()}
+        if self._fingerprint(named, found) != self.metadata["fingerprint"]:
             raise DeltaError(
                 "model's weights are not the base that this delta was made from (or already carry a delta)"
             )
-        return Applied(self, model, named)
+        return found
 
     def _check_places(self, model: nn.Module) -> None:
         try:
@@ -136,38 +156,40 @@ class Delta:
             if not _fits(self.modules[name], self.metadata["modules"][name], d_in, d_out):
                 raise DeltaError(f"the small module of {name!r} is not for a layer from {d_in} to {d_out} features")
 
-    def _fingerprint(self, named: Mapping[str, Tensor]) -> str:
-        replaced = {name: _at(named[name], self.positions[name]) for name in self.positions}
-        replaced |= {name: named[name].detach() for name in self.dense}
+    def _fingerprint(self, named: Mapping[str, Tensor], replaced: Mapping[str, Tensor]) -> str:
+        covered = {name: values for name, values in replaced.items() if name not in self.head}
         for name, parts in self.modules.items():  # not replaced; some of its values, evenly spread, tell the matrix
             size = named[name].numel()
             count = min(size, sum(t.numel() for t in parts.values()))
-            replaced[MODULES + name] = _at(named[name], torch.arange(count, device="cpu") * size // count)
-        return _digest("", replaced)
+            covered[MODULES + name] = _at(named[name], torch.arange(count, device="cpu") * size // count)
+        return digest("", covered)
 
 
 class Applied:
     """A delta in a model; keeps the k original values, so that `revert` is exact."""
 
-    def __init__(self, delta: Delta, model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
-        self._delta, self._model, self._named, self._reverted = delta, model, named, False
-        self._modules: dict[str, nn.Module] = {}
+    def __init__(self, delta: Delta, model: nn.Module) -> None:
+        self._delta, self._model = delta, model
+        self._put()
+
+    def _put(self) -> None:
+        delta, model = self._delta, self._model
+        self._original = delta.base_values(model)
+        self._named, self._modules, self._reverted = dict(model.named_parameters()), dict[str, nn.Module](), False
         for name, parts in delta.modules.items():
             spec = delta.metadata["modules"][name]
             self._modules |= add_adapters(model, (name,), kind=spec["kind"], rank=spec["rank"])
             self._modules[name].load_state_dict(parts)
-        replaced = delta._replaced()
-        self._original = {name: (where, _at(named[name], where).clone()) for name, (where, _) in replaced.items()}
-        self._write(replaced)
+        self._write({name: values for name, (_, values) in delta._replaced().items()})
 
     @torch.no_grad()
-    def _write(self, replaced: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:
-        for name, (where, values) in replaced.items():
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, (where, _) in self._delta._replaced().items():
             p = self._named[name]
             if where is None:
-                p.copy_(values.reshape(p.shape))
+                p.copy_(values[name].reshape(p.shape))
             else:
-                p.view(-1)[where.to(p.device, torch.int64)] = values.to(p.device, p.dtype)
+                p.put_(where.to(p.device, torch.int64), values[name].to(p.device))
 
     def revert(self) -> None:
         """Give the model back its original bits; a second call does nothing.
@@ -179,7 +201,7 @@ class Applied:
         """
         if self._reverted:
             return
-        delta, found = self._delta, adapters(self._model)
+        delta, found = self._delta, adapters(self._model) if self._modules else {}
         for name, module in self._modules.items():
             if found.get(name) is not module:
                 raise DeltaError(f"{name!r} no longer has this delta's small module; put it back or reload the base")
@@ -187,9 +209,25 @@ class Applied:
                 _expect(f"{name}/{part}", p, delta.modules[name][part])
         for name, (where, values) in delta._replaced().items():
             _expect(name, _at(self._named[name], where), values)
-        remove_adapters(self._model, list(self._modules))
+        if self._modules:
+            remove_adapters(self._model, list(self._modules))
         self._write(self._original)
         self._original, self._reverted = {}, True
+
+    def switch(self, delta: Delta) -> Applied:
+        """Take this delta out and put another one of the same base in, in place; if that fails, this one is back.
+
+        Raises
+        ------
+        DeltaError
+            As `revert` and `Delta.apply`. The model is unchanged.
+        """
+        self.revert()
+        try:
+            return delta.apply(self._model)
+        except BaseException:
+            self._put()
+            raise
 
     def __enter__(self) -> Applied:
         return self
@@ -199,7 +237,7 @@ class Applied:
 
 
 def _expect(name: str, found: Tensor, value: Tensor) -> None:
-    if _raw(found.cpu()) != _raw(value.to(found.dtype)):
+    if not torch.equal(bits(found.cpu()).reshape(-1), bits(value).reshape(-1)):
         raise DeltaError(f"{name!r} no longer holds this delta's values; revert what was applied after it first")
 
 
@@ -236,32 +274,50 @@ def diff(
             raise ValueError(f"tuned has a small module of another dtype than {name!r}; convert the whole model")
     candidates = {name: p for name, p in weights(tuned, head).items() if name not in own}
     heads = {name: _copy(p) for name, p in head_weights(tuned, head).items() if name not in own}
-    positions, values, dense = {}, {}, {}
+    changed = {}
     for name, after in candidates.items():
         if name not in before or before[name].shape != after.shape or before[name].dtype != after.dtype:
             raise ValueError(f"base has no {name!r} of shape {tuple(after.shape)} and {after.dtype}")
         flat = after.detach().reshape(-1).cpu()
-        changed = (_bits(flat) != _bits(before[name].detach().reshape(-1).cpu())).nonzero().squeeze(1)
-        if len(changed) == flat.numel():
-            dense[name] = _copy(after)
-        elif len(changed):
-            positions[name] = changed.to(torch.int32 if flat.numel() < 2**31 else torch.int64)
-            values[name] = flat[changed].clone()
-    if not (values or dense or heads or small):
+        where = (bits(flat) != bits(before[name].cpu()).reshape(-1)).nonzero().squeeze(1)
+        changed[name] = where, flat[where]
+    if not (heads or small or any(len(where) for where, _ in changed.values())):
         raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
-    stored = {name: {**candidates, **heads}[name] for name in (*positions, *dense, *heads, *small)}
+    total = sum(p.numel() for p in candidates.values())
+    return assemble(before, changed, heads, small, method=method, total=total)
+
+
+def assemble(
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, tuple[Tensor, Tensor]],
+    head: dict[str, Tensor],
+    small: Mapping[str, Any],
+    *,
+    method: str,
+    total: int,
+) -> Delta:
+    """The delta of changed values, ``{name: (sorted positions, values)}``, a head, and small modules, to a base."""
+    positions, values, dense = {}, {}, {}
+    for name, (where, new) in changed.items():
+        size = base[name].numel()
+        if len(where) == size:
+            dense[name] = new.reshape(base[name].shape)
+        elif len(where):
+            positions[name], values[name] = where.to(_index_dtype(size)), new
+    stored = {name: {**base, **head}[name] for name in (*positions, *dense, *head, *small)}
     metadata: dict[str, Any] = {
         "version": 2 if small else 1,
         "method": method,
-        "total": sum(p.numel() for p in candidates.values()),
+        "total": total,
         "shapes": {name: list(p.shape) for name, p in stored.items()},
         "dtypes": {name: str(p.dtype) for name, p in stored.items()},
     }
     if small:
         metadata["modules"] = {name: {"kind": module.kind, "rank": module.rank} for name, module in small.items()}
     modules = {name: {part: _copy(p) for part, p in m.named_parameters()} for name, m in small.items()}
-    delta = Delta(positions, values, dense, heads, metadata, modules)
-    metadata["fingerprint"] = delta._fingerprint(before)
+    delta = Delta(positions, values, dense, head, metadata, modules)
+    replaced = {name: _at(base[name], where) for name, (where, _) in delta._replaced().items() if name not in head}
+    metadata["fingerprint"] = delta._fingerprint(base, replaced)
     return delta
 
 
@@ -273,22 +329,16 @@ def load(path: str | os.PathLike) -> Delta:
     DeltaError
         If anything is wrong with the file; it says what.
     """
-    content = Path(path).read_bytes()
-    try:
-        tensors = load_bytes(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        metadata = json.loads(header["selective_lite"])
-        if not isinstance(metadata, dict):
-            raise TypeError("metadata is no object")
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DeltaError(f"{path} is no delta file, or a damaged one: {error}") from None
-    if _digest(header["selective_lite"], tensors) != header.get("sha256"):
-        raise DeltaError(f"{path} is damaged: its SHA-256 is not the one it was saved with")
-    if metadata.get("version") not in VERSIONS:
-        raise DeltaError(f"{path} has format version {metadata.get('version')}, this library reads {VERSIONS}")
-    delta, small = Delta({}, {}, {}, {}, metadata), dict[str, Tensor]()
-    parts = {POSITIONS: delta.positions, VALUES: delta.values, DENSE: delta.dense, HEAD: delta.head}
-    parts |= {MODULES: small} if metadata["version"] == 2 else {}
+    tensors, metadata = read(path)
+    version = metadata.get("version")
+    if type(version) is not int or version not in VERSIONS:
+        raise DeltaError(f"{path} has format version {version}, this library reads {(*VERSIONS,)}")
+    if version == 1:  # it knows no modules: what its metadata say of them has no meaning
+        metadata.pop("modules", None)
+    delta, small, stream = Delta({}, {}, {}, {}, metadata), dict[str, Tensor](), dict[str, Tensor]()
+    parts = {VALUES: delta.values, DENSE: delta.dense, HEAD: delta.head}
+    parts |= {GAPS: stream} if version == 3 else {POSITIONS: delta.positions}
+    parts |= {MODULES: small} if version >= 2 else {}
     for key, tensor in tensors.items():
         prefix = next((p for p in parts if key.startswith(p)), None)
         if prefix is None:
@@ -298,10 +348,44 @@ def load(path: str | os.PathLike) -> Delta:
         name, _, part = key.rpartition("/")
         delta.modules.setdefault(name, {})[part] = tensor
     try:
+        if version == 3:
+            metadata["dtypes"] = {name: str(tensor.dtype) for name, tensor in delta._named()}
+        _check_metadata(delta)
+        if version == 3:
+            _unpack(delta, stream)
         _check(delta)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
     return delta
+
+
+def _unpack(delta: Delta, stream: Mapping[str, Tensor]) -> None:
+    """Put the positions of a stream of gaps into a delta, checked, each in the dtype that `diff` gives it."""
+    names = sorted(delta.values)
+    if set(stream) != {""} or stream[""].dtype != torch.uint8 or any(v.dim() != 1 for v in delta.values.values()):
+        raise DeltaError("delta's gaps must be one stream of bytes, for vectors of values")
+    try:
+        positions = unpack(stream[""], [len(delta.values[name]) for name in names])
+    except ValueError as error:
+        raise DeltaError(f"delta's gaps do not fit its values: {error}") from None
+    for name, index in zip(names, positions, strict=True):
+        size = prod(delta.metadata["shapes"][name])
+        _check_positions(name, index, size)
+        delta.positions[name] = index.to(_index_dtype(size))
+
+
+def _check_positions(name: str, index: Tensor, size: int) -> None:
+    if not increasing(index, size):
+        raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
+
+
+def _check_metadata(delta: Delta) -> None:
+    for key, kind in (("fingerprint", str), ("method", str), ("total", int), ("shapes", dict), ("dtypes", dict)):
+        if type(delta.metadata[key]) is not kind:
+            raise DeltaError(f"delta's {key} is a {type(delta.metadata[key]).__name__}, not a {kind.__name__}")
+    for name, shape in delta.metadata["shapes"].items():
+        if type(shape) is not list or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+            raise DeltaError(f"delta's shape of {name!r} is {shape}")
 
 
 def _check(delta: Delta) -> None:
@@ -310,11 +394,6 @@ def _check(delta: Delta) -> None:
     unique = set(delta.positions) == set(delta.values) and len(set(stored)) == len(stored)
     if not unique or {*stored, *delta.modules} != set(shapes):
         raise DeltaError("delta's tensors and its metadata do not name the same parameters")
-    if not isinstance(delta.metadata["fingerprint"], str):
-        raise DeltaError("delta has no fingerprint of its base")
-    for name in shapes:
-        if not all(isinstance(size, int) and size >= 0 for size in shapes[name]):
-            raise DeltaError(f"delta's shape of {name!r} is {shapes[name]}")
     for name, (index, values) in delta._replaced().items():
         if index is None:
             if list(values.shape) != shapes[name]:
@@ -322,12 +401,8 @@ def _check(delta: Delta) -> None:
             continue
         if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or index.shape != values.shape:
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
-        size = prod(shapes[name])
-        if len(index) == 0 or index[0] < 0 or index[-1] >= size or (index.long().diff() <= 0).any():
-            raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
-    replaced = [(name, values) for name, (_, values) in delta._replaced().items()]
-    small = [(name, tensor) for name, parts in delta.modules.items() for tensor in parts.values()]
-    for name, tensor in replaced + small:
+        _check_positions(name, index, prod(shapes[name]))
+    for name, tensor in delta._named():
         if str(tensor.dtype) != dtypes[name] or not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}, its metadata say {dtypes[name]}")
     _check_modules(delta)
@@ -335,7 +410,8 @@ def _check(delta: Delta) -> None:
 
 def _check_modules(delta: Delta) -> None:
     """A small module has the parts that its kind and rank say, for a matrix of this shape or its transpose."""
-    specs, shapes = delta.metadata["modules"] if delta.metadata["version"] == 2 else {}, delta.metadata["shapes"]
+    metadata, shapes = delta.metadata, delta.metadata["shapes"]
+    specs = metadata["modules"] if metadata["version"] == 2 else metadata.get("modules", {})
     if set(specs) != set(delta.modules):
         raise DeltaError("delta's small modules and its metadata do not name the same parameters")
     for name, spec in specs.items():
@@ -355,25 +431,11 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-def _at(tensor: Tensor, positions: Tensor | None) -> Tensor:
+def _at(tensor: Tensor, positions: Tensor | None = None) -> Tensor:
+    """A copy on the CPU of a tensor's values at flat positions, or of all of them."""
     flat = tensor.detach().reshape(-1)
-    return (flat if positions is None else flat[positions.to(tensor.device, torch.int64)]).cpu()
+    return _copy(flat) if positions is None else flat.index_select(0, positions.to(tensor.device)).cpu()
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.element_size()])
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return _bits(tensor.detach().cpu()).numpy().tobytes()
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over a text and named tensors: names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_raw(tensor))
-    return digest.hexdigest()
+def _index_dtype(size: int) -> torch.dtype:
+    return torch.int32 if size < 2**31 else torch.int64
