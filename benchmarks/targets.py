@@ -1,0 +1,59 @@
+"""Targets: what was asked of speed and size, what the rows in `results/` say, and whether it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from selective_lite.lab import results
+
+Line = tuple[str, float, float, str]  # what, measured, at most, unit
+
+
+def masked_step() -> Iterator[Line]:
+    """A step of MiniLM against forward and input gradients alone (the floor), and against LoRA."""
+    for row in results.read("masked_step"):
+        ours, forward = row["bytes"]["selective_lite"], row["forward_seconds"]
+        budget, trained = f"masked step, {row['config']['budget']:.2%}", row["trainable"]["selective_lite"]
+        yield f"{budget}: seconds over the floor's", row["ours_over"]["floor"], 1.10, ""
+        yield f"{budget}: seconds over LoRA's", row["ours_over"]["peft LoRA r=8"], 0.80, ""
+        yield f"{budget}: forward over the floor's", forward["selective_lite"] / forward["floor"], 1.05, ""
+        yield f"{budget}: gradient and state", (ours["gradients"] + ours["optimizer"]) / trained, 13, "bytes a weight"
+
+
+def delta() -> Iterator[Line]:
+    """A file of 0.5 % of MiniLM's weights, and how long it takes to put it in and out."""
+    for row in results.read("delta"):
+        yield "delta file, over entropy and values", row["over_bound"]["gap-lzma"], 1.05, ""
+        for verb in ("apply", "revert"):
+            yield f"delta, {verb}", 1e3 * row["median_seconds"][verb], 20, "ms"
+
+
+def selecting() -> Iterator[Line]:
+    """Exact top-k; linear means that a score takes as long among 10^9 as among 10^7."""
+    rows = results.read("selecting")
+    for row in rows:
+        scores, budget = row["config"]["scores"], row["config"]["budget"]
+        (small,) = (r for r in rows if r["config"]["budget"] == budget and r["config"]["scores"] == 10**7)
+        ratio = row["seconds_selecting"] / small["seconds_selecting"] / (scores / 10**7)
+        what = f"top {budget:.2%} of {scores:.0e} scores"
+        yield f"{what}: memory beside them", 100 * row["extra_over_scores"], 5, "%"
+        yield f"{what}: seconds a score, over 1e7's", ratio, 1.25, ""
+
+
+def importing() -> Iterator[Line]:
+    """The import."""
+    for row in results.read("importing"):
+        yield "import selective_lite after torch", row["milliseconds"]["selective_lite"], 50, "ms"
+
+
+if __name__ == "__main__":
+    for measure, name in (
+        (masked_step, "masked_step"),
+        (delta, "delta"),
+        (selecting, "selecting"),
+        (importing, "importing"),
+    ):
+        print(f"{measure.__doc__} On {', '.join(sorted({row['device'] for row in results.read(name)}))}.")
+        for what, measured, limit, unit in measure():
+            reached = "reached" if measured <= limit else "NOT REACHED"
+            print(f"  {what:48} {measured:8.2f} <= {limit:5.2f} {unit:14} {reached}")
