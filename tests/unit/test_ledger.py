@@ -54,12 +54,13 @@ OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "momentum": pa
 
 
 def selected(model):
-    """A third of the linear weights and of all vectors, and one matrix whole."""
+    """A third of the linear weights and of all vectors, but one matrix whole and two rows of another."""
     linear = sl.linear_weights(model)
     scores = {name: s for name, s in sl.uniform(model, 0).items() if name in linear or s.dim() == 1}
     selection = sl.select(scores, 0.3)
-    whole = torch.arange(model.get_parameter(linear[0]).numel())
-    return sl.Selection({**selection.indices, linear[0]: whole}, selection.shapes)
+    whole, rows = (model.get_parameter(name) for name in linear[:2])
+    blocks = {linear[0]: torch.arange(whole.numel()), linear[1]: torch.arange(rows[:2].numel())}
+    return sl.Selection({**selection.indices, **blocks}, selection.shapes)
 
 
 def set_up(model, way, optimizer):
