@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .masked import SUFFIX, compact_parameters
 from .params import check_names, check_prefixes, modes_kept, starts_with
+from .sampled import as_block
 from .scores import Loss, model_loss
 from .select import Selection
 
@@ -89,6 +91,7 @@ def predicted_ledger(
         if shapes[name] != (shape := tuple(named[name].shape)) or starts_with(name, prefixes):
             raise ValueError(f"selection[{name!r}] is for shape {shapes[name]}, not {shape}, or dense names it too")
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
+    blocks = [as_block(index, *shapes[name]) for name, index in partly.items() if len(shapes[name]) == 2]
     precise = {name: torch.promote_types(named[name].dtype, torch.float32) for name in partly}
     added = [*beside, *(torch.empty(len(partly[name]), dtype=precise[name], device="meta") for name in partly)]
     whole = {name for name in named if starts_with(name, prefixes)} | (indices.keys() - partly.keys())
@@ -103,7 +106,7 @@ def predicted_ledger(
         "weights": ledger(model)["weights"] + sum(t.nbytes for t in added),
         "gradients": sum(p.nbytes for p in trained),
         "optimizer": ledger(model, stepped)["optimizer"],
-        "index": sum(index.nbytes for index in partly.values()),
+        "index": _bytes(chain(partly.values(), *blocks)),
     }
 
 

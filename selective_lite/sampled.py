@@ -138,7 +138,7 @@ def as_block(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor] | 
     """
     row, column = index.div(width, rounding_mode="floor"), index % width
     across = int((row == row[0]).sum())
-    rows, columns = row[::across], column[:across]
+    rows, columns = row[::across].clone(), column[:across].clone()
     crossings = (rows[:, None] * width + columns).flatten()
     whole = across == width or len(rows) == height
     return (rows, columns) if whole and torch.equal(crossings, index) else (None, None)

@@ -111,7 +111,7 @@ def test_a_row_follows_from_its_own_method_and_not_from_the_others(monkeypatch):
         return {(file, getattr(node, "name", None)) for file, node in looked_at}
 
     pruned, random = places("unstructured"), places("random")
-    shared = {("train.py", "fit"), ("masked.py", "_SelectedLinear"), ("lab/tasks.py", "Split"), ("select.py", "select")}
+    shared = {("train.py", "fit"), ("sampled.py", "_Linear"), ("lab/tasks.py", "Split"), ("select.py", "select")}
     assert shared <= pruned & random
     assert ("methods/calibration.py", "Calibration") in pruned - random
     assert ("scores.py", "uniform") in random - pruned
