@@ -137,7 +137,7 @@ def draw(ax: Any, measured: Books, predicted: Books) -> None:
         ax.text(left, y, f" {short(left)}", va="center")
         if label in predicted:
             ends = list(accumulate(predicted[label].get(kind, 0) / size for kind in PREDICTED))
-            ax.plot(ends, [y] * len(ends), "|", color="black", markersize=24, markeredgewidth=1.2)
+            ax.plot(ends, [y] * len(ends), "|", color="black", markersize=29, markeredgewidth=1.2)
     handles, labels = ax.get_legend_handles_labels()
     if predicted:
         handles.append(ax.plot([], [], "|", color="black", markersize=11)[0])
