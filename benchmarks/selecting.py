@@ -75,9 +75,7 @@ def measure(config: Mapping[str, Any]) -> results.Row:
 
 def run(config: Mapping[str, Any]) -> results.Row:
     """The same in a fresh process of one thread, whose peak is its own."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
-        1 << 22
-    )  # glibc then gives a freed tensor's pages back, leaving no holes
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 22)  # glibc then gives a freed tensor's pages back at once
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as fresh:
         return fresh.submit(measure, config).result()
 

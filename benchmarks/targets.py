@@ -47,13 +47,9 @@ def importing() -> Iterator[Line]:
 
 
 if __name__ == "__main__":
-    for measure, name in (
-        (masked_step, "masked_step"),
-        (delta, "delta"),
-        (selecting, "selecting"),
-        (importing, "importing"),
-    ):
-        print(f"{measure.__doc__} On {', '.join(sorted({row['device'] for row in results.read(name)}))}.")
+    for measure in (masked_step, delta, selecting, importing):
+        rows = results.read(measure.__name__)
+        print(f"{measure.__doc__} On {', '.join(sorted({row['device'] for row in rows})) or 'nothing yet'}.")
         for what, measured, limit, unit in measure():
             reached = "reached" if measured <= limit else "NOT REACHED"
             print(f"  {what:48} {measured:8.2f} <= {limit:5.2f} {unit:14} {reached}")
