@@ -65,11 +65,11 @@ class masked:
         prefixes = check_prefixes(dense, named, "dense")
         dense_names = [name for name in named if starts_with(name, prefixes)]
         check_names(selection.indices, named, "selection")
-        for name, positions in selection.indices.items():
+        whole = {name for name, i in selection.indices.items() if len(i) == named[name].numel() and not shrinks}
+        for name in selection.indices:
             if name in dense_names:
                 raise ValueError(f"dense and selection both name {name!r}; train it one way")
-            whole = len(positions) == named[name].numel() and not shrinks
-            _check(name, whole, selection.shapes[name], named[name], places[name])
+            _check(name, name in whole, selection.shapes[name], named[name], places[name])
 
         self.model, self.selection = model, selection
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -80,7 +80,7 @@ class masked:
             parameter.requires_grad_(name in dense_names)
             parameter.grad = None
         for name, positions in selection.indices.items():
-            if len(positions) == named[name].numel() and not shrinks:  # a whole tensor trains as it is
+            if name in whole:  # it trains as it is
                 named[name].requires_grad_(True)
                 self._compact[name] = named[name]
                 continue
@@ -134,7 +134,7 @@ class masked:
                     optimizer.state[values][key] = state[kept]
             gradient, values.grad = values.grad, None
             for module, attribute in self._places[name]:
-                index = attribute + SUFFIX + "_index"
+                index = attribute + SUFFIX + INDEX[0]
                 setattr(module, index, getattr(module, index)[kept])
             kept_values = values.data[kept]
             # While the last loss lives, autograd has a node that expects the old length: a change of dtype drops it.
@@ -198,7 +198,7 @@ def write_selected(module: nn.Module, attribute: str) -> None:
     """Copy the compact vector into its dense tensor. `.data` keeps autograd's version of a weight that was saved."""
     dense = module._parameters[attribute].data  # type: ignore[union-attr]
     values = module._parameters[attribute + SUFFIX].data  # type: ignore[union-attr]
-    dense.view(-1).index_copy_(0, getattr(module, attribute + SUFFIX + "_index"), values.to(dense.dtype))
+    dense.view(-1).index_copy_(0, getattr(module, attribute + SUFFIX + INDEX[0]), values.to(dense.dtype))
 
 
 def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
@@ -246,7 +246,7 @@ def _state(cls: type[nn.Module], attribute: str) -> tuple[Callable[..., None], C
     def load(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         values, dense = module._parameters[attribute + SUFFIX], state.get(prefix + attribute)
         if dense is not None and dense.shape == module._parameters[attribute].shape:
-            index = getattr(module, attribute + SUFFIX + "_index")
+            index = getattr(module, attribute + SUFFIX + INDEX[0])
             values = dense.reshape(-1)[index.to(dense.device)].to(values.dtype)
         state.setdefault(prefix + attribute + SUFFIX, values)
         cls._load_from_state_dict(module, state, prefix, *rest)

@@ -77,17 +77,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         ids, values, index = ctx.saved_tensors
-        if ids.numel() == 0:
-            return None, None, torch.zeros_like(values), None, None
-        seen, slot = ids.reshape(-1).unique(return_inverse=True)
-        grad = grad.reshape(-1, ctx.width).to(torch.promote_types(grad.dtype, torch.float32))
-        rows = grad.new_zeros(len(seen), ctx.width).index_add_(0, slot, grad)
-        if ctx.padding_idx is not None:
-            rows[seen == ctx.padding_idx] = 0
-        row = index.div(ctx.width, rounding_mode="floor")
-        place = torch.searchsorted(seen, row).clamp_(max=len(seen) - 1)
-        grad_values = rows[place, index % ctx.width] * (seen[place] == row)
-        return None, None, grad_values.to(values.dtype), None, None
+        return None, None, sampled_rows(grad, ids, index, ctx.width, ctx.padding_idx).to(values.dtype), None, None
 
 
 scatter = _Scatter.apply  # (dense, values, index)
@@ -95,6 +85,12 @@ linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transp
 embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 
+# Operations of their own, with schemas and shapes: torch.compile takes each as one node, and finds no break inside.
+@torch.library.custom_op(
+    "selective_lite::sampled_product",
+    mutates_args=(),
+    schema="(Tensor left, Tensor right, Tensor index, Tensor? rows=None, Tensor? columns=None) -> Tensor",
+)
 def sampled_product(
     left: Tensor, right: Tensor, index: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> Tensor:
@@ -129,6 +125,54 @@ def sampled_product(
     zeros = torch.zeros(len(index), dtype=precise, device=index.device)
     pattern = torch.sparse_csr_tensor(starts, column, zeros, (height, width), check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
+
+
+@sampled_product.register_fake
+def _(left: Tensor, right: Tensor, index: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    return left.new_empty(len(index), dtype=torch.promote_types(left.dtype, torch.float32))
+
+
+@torch.library.custom_op(
+    "selective_lite::sampled_rows",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor ids, Tensor index, int width, int? padding_idx) -> Tensor",
+)
+def sampled_rows(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None) -> Tensor:
+    """Entries of an embedding table's gradient at sorted flat row-major positions, out of the rows looked up.
+
+    Parameters
+    ----------
+    grad
+        The gradient of the looked-up rows, (..., width), floating point; half precision is summed in float32.
+    ids
+        Which rows were looked up, (...), integers.
+    index
+        Positions in the table, int64, strictly increasing.
+    width
+        Of the table.
+    padding_idx
+        A row that gets no gradient, or None.
+
+    Returns
+    -------
+    Tensor
+        One value a position, float32, or float64 for a float64 `grad`.
+    """
+    grad = grad.reshape(-1, width).to(torch.promote_types(grad.dtype, torch.float32))
+    if ids.numel() == 0:
+        return grad.new_zeros(len(index))
+    seen, slot = ids.reshape(-1).unique(return_inverse=True)
+    rows = grad.new_zeros(len(seen), width).index_add_(0, slot, grad)
+    if padding_idx is not None:
+        rows[seen == padding_idx] = 0
+    row = index.div(width, rounding_mode="floor")
+    place = torch.searchsorted(seen, row).clamp_(max=len(seen) - 1)
+    return rows[place, index % width] * (seen[place] == row)
+
+
+@sampled_rows.register_fake
+def _(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None) -> Tensor:
+    return grad.new_empty(len(index), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def as_block(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor] | tuple[None, None]:

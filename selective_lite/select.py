@@ -114,16 +114,20 @@ def select(
         raise ValueError(f"budget={budget} asks for {k} weights, but only {n} scores are {what}; lower it")
 
     cutoff, ties = _kth_key(scores, largest, wide, k, histogram)
-    parts: dict[str, list[Tensor]] = {}
+    found = torch.empty(k, dtype=torch.int64, device="cpu")  # one buffer: pieces would lie between the freed chunks
+    taken, counts = 0, dict.fromkeys(shapes, 0)
     for name, _, start, key in sort_keys(scores, largest, wide):
         positions = (key >= cutoff).nonzero().squeeze(1)
         tied = key[positions] == cutoff
-        parts.setdefault(name, []).append(start + positions[~tied | (tied.cumsum(0) <= ties)])
+        positions = positions[~tied | (tied.cumsum(0) <= ties)]
+        room = found[taken : taken + len(positions)]
+        room.copy_(start + positions[: len(room)])
+        taken, counts[name] = taken + len(positions), counts[name] + len(positions)
         ties -= int(tied.sum())
-    selection = Selection({name: i for name in shapes if len(i := torch.cat(parts.pop(name)))}, shapes)
-    if selection.count != k:
-        raise ValueError(f"scores changed from one pass to the next: {selection.count} of them, not {k}, were found")
-    return selection
+    if taken != k:
+        raise ValueError(f"scores changed from one pass to the next: {taken} of them, not {k}, were found")
+    pieces = zip(shapes, found.split([*counts.values()]), strict=True)
+    return Selection({name: positions for name, positions in pieces if len(positions)}, shapes)
 
 
 Keys = Iterator[tuple[str, tuple[int, ...], int, Tensor]]
