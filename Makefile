@@ -58,11 +58,13 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 .PHONY: results
 results: $(ENVIRONMENT) assets ## run the full experiments, hours; an interrupted run goes on where it stopped
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.plan
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.shipping
 
 .PHONY: benchmarks
 benchmarks: $(ENVIRONMENT) assets ## measure speed and size against the targets, on a machine that does nothing else
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/masked_step.py
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/delta.py
+	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python benchmarks/selecting.py
 	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/targets.py

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
+from ways import WAYS, trained
 
 import selective_lite as sl
 from selective_lite.lab import load_classifier, results
 
-LINEAR = ["query", "key", "value", "dense"]  # every linear layer of BERT, the classifier apart
 CONFIGS = [
     {"model": "minilm", "batch": 32, "tokens": 32, "budget": budget, "rank": 8, "warmup": 3, "rounds": 25}
     for budget in (0.0002, 0.005, 0.05)
@@ -27,28 +26,8 @@ def contenders(config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, torch.op
     """Each way of training: its own copy of the model, and its optimizer."""
     base, _ = load_classifier(config["model"])
     base.train()
-
-    def adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **options)
-
-    found: dict[str, tuple[nn.Module, torch.optim.Optimizer | None]] = {}
-    for name, options in (("full AdamW", {}), ("full AdamW, fused", {"fused": True})):
-        model = copy.deepcopy(base)
-        found[name] = model, adam(model, **options)
-    rank = config["rank"]
-    for name, adapter in (
-        (f"peft LoRA r={rank}", LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=LINEAR)),
-        (f"peft SHiRA r={rank}", ShiraConfig(task_type="SEQ_CLS", r=rank, target_modules=LINEAR)),
-    ):
-        model = get_peft_model(copy.deepcopy(base), adapter)
-        found[name] = model, adam(model)
-    model = copy.deepcopy(base)
-    sl.masked(model, sl.select(sl.uniform(model, 0), config["budget"]), dense=tuple(sl.head_weights(model)))
-    found["selective_lite"] = model, adam(model)
-    floor = copy.deepcopy(base).requires_grad_(False)
-    floor.bert.embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    found["floor"] = floor, None
-    return found
+    sizes = {"budget": config["budget"], "rank": config["rank"]}
+    return {way: trained(way, copy.deepcopy(base), **sizes) for way in WAYS}
 
 
 def step(

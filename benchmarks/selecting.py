@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from math import prod
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
+from processes import fresh, peak, resident
 from torch import Tensor
 
 import selective_lite as sl
@@ -48,20 +44,15 @@ class Drawn(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def resident(kind: str) -> int:
-    """Resident bytes of this process: now (``"VmRSS"``), or at most so far (``"VmHWM"``)."""
-    return 1024 * int(re.findall(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
-
-
 def measure(config: Mapping[str, Any]) -> results.Row:
     """Select once: seconds with and without the making of scores, and bytes beside the result and one tensor."""
     sl.select(Drawn(10**5, 2, config["seed"]), config["budget"])  # the first call brings code into memory
     scores = Drawn(config["scores"], config["tensors"], config["seed"])
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = resident(), time.perf_counter()
     selection = sl.select(scores, config["budget"])
     seconds = time.perf_counter() - start
     held = {"one tensor": 4 * scores.size, "result": 8 * selection.count}
-    extra = resident("VmHWM") - before - sum(held.values())
+    extra = peak() - before - sum(held.values())
     total = sum(prod(shape) for shape in selection.shapes.values())
     return {
         "selected": selection.count,
@@ -74,10 +65,8 @@ def measure(config: Mapping[str, Any]) -> results.Row:
 
 
 def run(config: Mapping[str, Any]) -> results.Row:
-    """The same in a fresh process of one thread, whose peak is its own."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 22)  # glibc then gives a freed tensor's pages back at once
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as fresh:
-        return fresh.submit(measure, config).result()
+    """The same in a fresh process."""
+    return fresh(measure, config)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masked import SUFFIX, compact_parameters
-from .params import check_names, check_prefixes, modes_kept, starts_with
-from .sampled import as_block
+from .masked import SUFFIX, compact_parameters, gathered
+from .params import check_names, check_prefixes, modes_kept, owners, starts_with
 from .scores import Loss, model_loss
 from .select import Selection
 
@@ -91,7 +90,8 @@ def predicted_ledger(
         if shapes[name] != (shape := tuple(named[name].shape)) or starts_with(name, prefixes):
             raise ValueError(f"selection[{name!r}] is for shape {shapes[name]}, not {shape}, or dense names it too")
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
-    blocks = [as_block(index, *shapes[name]) for name, index in partly.items() if len(shapes[name]) == 2]
+    places = owners(model)
+    parts = [gathered(index, named[name], places[name]) for name, index in partly.items()]
     precise = {name: torch.promote_types(named[name].dtype, torch.float32) for name in partly}
     added = [*beside, *(torch.empty(len(partly[name]), dtype=precise[name], device="meta") for name in partly)]
     whole = {name for name in named if starts_with(name, prefixes)} | (indices.keys() - partly.keys())
@@ -106,16 +106,17 @@ def predicted_ledger(
         "weights": ledger(model)["weights"] + sum(t.nbytes for t in added),
         "gradients": sum(p.nbytes for p in trained),
         "optimizer": ledger(model, stepped)["optimizer"],
-        "index": _bytes(chain(partly.values(), *blocks)),
+        "index": _bytes(chain(partly.values(), *parts)),
     }
 
 
 def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> int:
     """Bytes that autograd keeps for the backward of one training step, beside the model's own tensors and the batch.
 
-    Selecting saves few of them: a layer's input is kept wherever one of its weights is trained, and most other layers
-    need theirs for the gradient of what lies below. Copies of weights are counted: gates make one of every weight,
-    autocast of matrices, masked training of vectors that are selected in part.
+    Selecting saves few of them: a layer's input is kept wherever one of its weights is trained (where these are few,
+    only the features that they read), and most other layers need theirs for the gradient of what lies below. Copies of
+    weights are counted: gates make one of every weight, autocast of matrices, masked training of vectors that are
+    selected in part.
 
     Parameters
     ----------

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .params import check_names, check_prefixes, owners, starts_with
-from .sampled import as_block, embedding, linear, scatter
+from .sampled import embedding, footprint, linear, scatter
 from .select import Selection
 
 SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
-INDEX = ("_index", "_rows", "_columns")  # behind it, buffers: flat positions; rows and columns where they are a block
+INDEX = ("_index", "_rows", "_columns")  # behind it, buffers: flat positions, and the footprint of a sampled product
 
 
 class masked:
@@ -85,14 +85,13 @@ class masked:
                 self._compact[name] = named[name]
                 continue
             index = positions.to(named[name].device)
-            matrix = named[name].dim() == 2 and not shrinks
-            block = as_block(index, *named[name].shape) if matrix else (None, None)
+            parts = (None, None) if shrinks else gathered(index, named[name], places[name])
             values = named[name].detach().reshape(-1)[index]
             self._compact[name] = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)))
             self._places[name] = places[name]
             for module, attribute in places[name]:
                 module.register_parameter(attribute + SUFFIX, self._compact[name])
-                for part, tensor in zip(INDEX, (index, *block), strict=True):
+                for part, tensor in zip(INDEX, (index, *parts), strict=True):
                     module.register_buffer(attribute + SUFFIX + part, tensor, persistent=False)
                 module.__class__ = _masked_class(type(module), attribute)  # type: ignore[arg-type]
 
@@ -192,6 +191,14 @@ def obstacle(module: nn.Module, attribute: str) -> str | None:
         )
     refused = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(module, option, None)]
     return f"is an embedding with {refused[0]}; unset it" if refused else None
+
+
+def gathered(
+    index: Tensor, parameter: Tensor, places: Sequence[tuple[nn.Module, str]]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The footprint of a matrix's positions, where one of the modules that it belongs to makes a sampled product."""
+    product = parameter.dim() == 2 and any(not isinstance(module, nn.Embedding) for module, _ in places)
+    return footprint(index, *parameter.shape) if product else (None, None)
 
 
 def write_selected(module: nn.Module, attribute: str) -> None:

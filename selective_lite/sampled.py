@@ -1,7 +1,8 @@
 """Sampled gradients: layers whose weight gradient is computed at the selected positions only, never as a whole.
 
 A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the outgoing gradient and a
-column of the input. Most of the time goes into making those columns contiguous.
+column of the input. Most of the time goes into making those columns contiguous; where they are few, only they are made
+so, and only they are kept of the input.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK = 128  # tokens transposed together
+FEW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
 
 class _Scatter(torch.autograd.Function):
@@ -40,26 +42,27 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None, transposed: bool,
     ) -> Tensor:  # fmt: skip
         y = functional.linear(x, weight.t() if transposed else weight, bias)
-        ctx.transposed, ctx.has_bias = transposed, bias is not None
-        # Under autocast y has the compute dtype: keep x in it, as the dense product would. Saving `values` lets
-        # autograd see an optimizer step between forward and backward.
-        ctx.save_for_backward(x if x.dtype == y.dtype else x.to(y.dtype), weight, values, index, rows, columns)
-        ctx.x_dtype = x.dtype
+        ctx.transposed, ctx.has_bias, ctx.x_dtype = transposed, bias is not None, x.dtype
+        # Of the input only what the gradient will read; under autocast in the compute dtype, as the dense product
+        # would keep it. Saving `values` lets autograd see an optimizer step between forward and backward.
+        kept = gather(x.reshape(-1, x.shape[-1]), rows if transposed else columns)
+        ctx.save_for_backward(kept if kept.dtype == y.dtype else kept.to(y.dtype), weight, values, index, rows, columns)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, values, index, *block = ctx.saved_tensors
+        kept, weight, values, index, rows, columns = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             dense = weight.to(grad.dtype)
             grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
-        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[2]:
-            left, right = (x_rows, grad_rows) if ctx.transposed else (grad_rows, x_rows)
-            grad_values = sampled_product(left, right, index, *block).to(values.dtype)
+            outer = gather(grad, columns if ctx.transposed else rows)
+            pair = (kept, outer) if ctx.transposed else (outer, kept)
+            grad_values = sampled_product(*pair, index, *weight.shape, rows, columns).to(values.dtype)
         if ctx.has_bias and ctx.needs_input_grad[6]:
-            grad_bias = grad_rows.sum(0)
+            grad_bias = grad.sum(0)
         return grad_x, None, grad_values, None, None, None, grad_bias, None
 
 
@@ -89,21 +92,24 @@ embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 @torch.library.custom_op(
     "selective_lite::sampled_product",
     mutates_args=(),
-    schema="(Tensor left, Tensor right, Tensor index, Tensor? rows=None, Tensor? columns=None) -> Tensor",
+    schema="(Tensor left, Tensor right, Tensor index, int height, int width, Tensor? rows, Tensor? columns) -> Tensor",
 )
 def sampled_product(
-    left: Tensor, right: Tensor, index: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
 ) -> Tensor:
-    """Entries of ``left.T @ right`` at sorted flat row-major positions, without the other entries.
+    """Entries of a product over tokens, ``left.T @ right``, at sorted flat row-major positions, without the others.
 
     Parameters
     ----------
     left, right
-        (T, rows) and (T, columns), floating point; half precision is summed in float32.
+        (T, height) and (T, width), floating point; half precision is summed in float32. What `gather` gives of them
+        where `rows` or `columns` are given.
     index
-        Positions in (rows, columns), int64, strictly increasing, on the same device.
+        Positions in (height, width), int64, strictly increasing, on the same device.
+    height, width
+        Of the product.
     rows, columns
-        What `as_block` finds in `index`: then dense slices are multiplied.
+        The `footprint` of `index`, or None.
 
     Returns
     -------
@@ -112,23 +118,25 @@ def sampled_product(
     """
     precise = torch.promote_types(left.dtype, torch.float32)
     left, right = left.to(precise), right.to(precise)
-    if rows is not None:
-        return (left[:, rows].t() @ right[:, columns]).flatten()
-    height, width = left.shape[1], right.shape[1]
+    if rows is not None and columns is not None and (len(rows) == height or len(columns) == width):
+        return (left @ right.t()).flatten()
     row, column = index.div(width, rounding_mode="floor"), index % width
+    left, row = (by_feature(left), row) if rows is None else (left, torch.searchsorted(rows, row))
+    right, column = (by_feature(right), column) if columns is None else (right, torch.searchsorted(columns, column))
     if left.device.type not in ("cpu", "cuda"):  # sampled_addmm has no kernel there
         pairs = zip(row.split(4096), column.split(4096), strict=True)
-        return torch.cat([(left[:, r] * right[:, c]).sum(0) for r, c in pairs])
+        return torch.cat([(left[r] * right[c]).sum(1) for r, c in pairs])
     _silence_sparse_warning()
-    left, right = (by_feature(operand) for operand in (left, right))
-    starts = torch.searchsorted(row, torch.arange(height + 1, device=index.device))
+    starts = torch.searchsorted(row, torch.arange(len(left) + 1, device=index.device))
     zeros = torch.zeros(len(index), dtype=precise, device=index.device)
-    pattern = torch.sparse_csr_tensor(starts, column, zeros, (height, width), check_invariants=False)
+    pattern = torch.sparse_csr_tensor(starts, column, zeros, (len(left), len(right)), check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
 
 
 @sampled_product.register_fake
-def _(left: Tensor, right: Tensor, index: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+def _(
+    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
+) -> Tensor:
     return left.new_empty(len(index), dtype=torch.promote_types(left.dtype, torch.float32))
 
 
@@ -175,17 +183,21 @@ def _(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | N
     return grad.new_empty(len(index), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
-def as_block(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The rows and columns of a matrix whose crossings are exactly these sorted positions; Nones if there are none.
+def footprint(index: Tensor, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rows and the columns of a matrix that sorted positions lie in; None where they are too many to be gathered.
 
-    Only of whole rows or whole columns (neurons, attention heads): dense slices instead of single entries.
+    Both, whatever their number, if the positions are all of some rows or of some columns (neurons, attention heads):
+    then dense slices are multiplied.
     """
-    row, column = index.div(width, rounding_mode="floor"), index % width
-    across = int((row == row[0]).sum())
-    rows, columns = row[::across].clone(), column[:across].clone()
-    crossings = (rows[:, None] * width + columns).flatten()
-    whole = across == width or len(rows) == height
-    return (rows, columns) if whole and torch.equal(crossings, index) else (None, None)
+    rows, columns = index.div(width, rounding_mode="floor").unique(), (index % width).unique()
+    if len(index) == len(rows) * len(columns) and (len(rows) == height or len(columns) == width):
+        return rows, columns
+    return rows if len(rows) < FEW * height else None, columns if len(columns) < FEW * width else None
+
+
+def gather(operand: Tensor, features: Tensor | None) -> Tensor:
+    """Some features of (T, D) as (features, T), contiguous; the operand as it is for None."""
+    return operand if features is None else operand.t()[features]
 
 
 def by_feature(operand: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from . import explorers, ledgers, plots, results
 from .device import device, seed_everything
 from .equations import check
-from .models import load_classifier
+from .models import load_classifier, load_language_model
 from .progress import History, track
 from .tasks import evaluate, load_task
 
@@ -15,6 +15,7 @@ __all__ = [
     "explorers",
     "ledgers",
     "load_classifier",
+    "load_language_model",
     "load_task",
     "plots",
     "results",

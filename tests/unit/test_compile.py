@@ -49,7 +49,8 @@ def test_a_compiled_masked_step_has_no_graph_break_of_its_own_and_trains_alike(b
 def test_the_operations_have_true_schemas_and_shapes(padding):
     index = torch.tensor([0, 3, 4, 11])
     left, right, grad = torch.randn(5, 3), torch.randn(5, 4).half(), torch.randn(2, 5, 4)
+    product = (left, right, index, 3, 4, None, None)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.selective_lite.sampled_product, (left, right, index), test_utils=tests)
+    torch.library.opcheck(torch.ops.selective_lite.sampled_product, product, test_utils=tests)
     arguments = (grad, torch.randint(0, 3, (2, 5)), index, 4, padding)
     torch.library.opcheck(torch.ops.selective_lite.sampled_rows, arguments, test_utils=tests)

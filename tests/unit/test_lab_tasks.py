@@ -179,3 +179,14 @@ def test_the_assets_classifier_is_seeded_and_leaves_the_global_generator():
     assert torch.equal(one.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
     assert not one.training
     assert tokenizer("a film")["input_ids"][0] == tokenizer.cls_token_id
+
+
+def test_the_language_model_is_read_from_its_quantized_file_and_speaks():
+    from selective_lite.lab import load_language_model
+
+    model, tokenizer = load_language_model()
+    assert (model.training, model.dtype, model.config.tie_word_embeddings) == (False, torch.float32, True)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
+    said = model.generate(**ids, max_new_tokens=2, do_sample=False)
+    assert "Paris" in tokenizer.decode(said[0])

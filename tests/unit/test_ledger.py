@@ -171,11 +171,20 @@ def test_selecting_in_matrices_keeps_what_training_these_whole_keeps_and_no_more
 def test_lora_keeps_its_rank_of_values_a_token_and_layer_beside_what_masked_training_keeps(build, batches):
     model, (batch,) = build("llama"), batches("llama", 1)
     names = sl.linear_weights(model)
-    first = {name: torch.tensor([0]) for name in names}
+    most = {name: torch.arange(model.get_parameter(name).numel() - 1) for name in names}
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
-    with sl.masked(model, sl.Selection(first, shapes)):
+    with sl.masked(model, sl.Selection(most, shapes)):
         masked = sl.activation_bytes(model, batch)
     model.requires_grad_(False)
     sl.add_adapters(model, names, rank=2)
     tokens = batch["input_ids"].numel()
     assert sl.activation_bytes(model, batch) - masked == 4 * 2 * tokens * len(names)
+
+
+@pytest.mark.parametrize(("positions", "features"), [([3, 13], 1), ([3, 17, 99], 3), (range(10), 10), ([0, 55, 99], 3)])
+def test_of_a_layers_input_only_the_features_that_few_selected_weights_read_are_kept(positions, features):
+    model = nn.Sequential(nn.Linear(4, 10), nn.Linear(10, 10, bias=False))
+    selection = sl.Selection({"1.weight": torch.tensor([*positions])}, {"1.weight": (10, 10)})
+    with sl.masked(model, selection):
+        found = sl.activation_bytes(model, (torch.ones(5, 4),), lambda model, batch: model(batch[0]).square().sum())
+    assert found == 4 * (5 * features + 5 * 10)  # and what is squared

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
 from selective_lite.masked import obstacle
-from selective_lite.sampled import as_block, by_feature, sampled_product
+from selective_lite.sampled import by_feature, footprint, gather, sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
 
@@ -404,19 +404,35 @@ def test_a_module_may_be_called_twice_before_the_backward(build, batches, pick):
             torch.testing.assert_close(vector.grad.reshape(-1), gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def entries(left, right, index, rows, columns):
+    """A sampled product with a footprint, or with none."""
+    sides = gather(left, rows), gather(right, columns)
+    return sampled_product(*sides, index, left.shape[1], right.shape[1], rows, columns)
+
+
 @given(st.integers(2, 6), st.integers(2, 6), st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_block_is_found_where_and_only_where_all_of_some_rows_or_columns_are_selected(height, width, by_rows, data):
     some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, (height if by_rows else width) - 1), min_size=1))))
     rows, columns = (some, torch.arange(width)) if by_rows else (torch.arange(height), some)
     index = (rows[:, None] * width + columns).flatten()
-    found = as_block(index, height, width)
+    found = footprint(index, height, width)
     assert [part.tolist() for part in found] == [rows.tolist(), columns.tolist()]
     left, right = torch.randn(5, height), torch.randn(5, width)
     expected = (left.t() @ right).flatten()[index]
-    torch.testing.assert_close(sampled_product(left, right, index, *found), expected)
+    torch.testing.assert_close(entries(left, right, index, *found), expected)
     gone = data.draw(st.integers(0, len(index) - 1))
-    assert as_block(torch.cat([index[:gone], index[gone + 1 :]]), height, width) == (None, None)
+    rest = torch.cat([index[:gone], index[gone + 1 :]])
+    if len(rest):
+        found = entries(left, right, rest, *footprint(rest, height, width))
+        torch.testing.assert_close(found, (left.t() @ right).flatten()[rest])
+
+
+def test_few_rows_and_columns_are_gathered_and_many_are_not():
+    rows, columns = footprint(torch.tensor([0, 5, 205, 299]), 10, 100)
+    assert (rows.tolist(), columns.tolist()) == ([0, 2], [0, 5, 99])
+    rows, columns = footprint(torch.tensor([0, 105, 205, 305]), 10, 100)
+    assert (rows, columns.tolist()) == (None, [0, 5])
 
 
 @pytest.mark.parametrize("kind", ["toy", "gpt2"])
@@ -456,9 +472,11 @@ class Counted(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 300])
 def test_columns_become_contiguous_rows(tokens):
     operand = torch.randn(tokens, 5)
-    found = by_feature(operand)
-    assert found.is_contiguous()
-    assert torch.equal(found, operand.t())
+    few = torch.tensor([0, 2])
+    for found, expected in ((by_feature(operand), operand.t()), (gather(operand, few), operand[:, few].t())):
+        assert found.is_contiguous()
+        assert torch.equal(found, expected)
+    assert gather(operand, None) is operand
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["float64", "bfloat16"]), st.data())
@@ -471,10 +489,11 @@ def test_a_sampled_product_has_the_entries_of_the_product(rows, columns, inner, 
     )
     index = sorted(data.draw(st.sets(st.integers(0, rows * columns - 1), min_size=1)))
     index = torch.tensor(index)
-    found = sampled_product(left, right, index)
-    assert found.dtype == {"float64": torch.float64, "bfloat16": torch.float32}[dtype]
     expected = (left.double().t() @ right.double()).reshape(-1)[index]
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    for parts in ((None, None), footprint(index, rows, columns)):
+        found = entries(left, right, index, *parts)
+        assert found.dtype == {"float64": torch.float64, "bfloat16": torch.float32}[dtype]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def selection_of(model, **indices):

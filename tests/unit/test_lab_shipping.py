@@ -1,0 +1,42 @@
+"""The four deltas that are committed are those of their rows, and do on the task what the rows say."""
+
+import pytest
+import torch
+
+import selective_lite as sl
+from selective_lite.lab import evaluate, load_classifier, load_task, results, shipping
+from selective_lite.lab.tasks import DOMAINS
+
+ROWS = {(row["config"]["method"], row["config"]["task"]): row for row in results.read(shipping.NAME)}
+
+
+def test_every_task_has_a_delta_and_a_lora_of_today_s_code():
+    assert set(ROWS) == {(method, task) for method in shipping.METHODS for task in DOMAINS}
+    assert results.stale(ROWS.values()) == []
+    assert [row["config"] for row in ROWS.values()] == list(shipping.configs())
+
+
+@pytest.mark.parametrize("task", DOMAINS)
+def test_a_shipped_file_is_its_row_s_and_answers_as_recorded(task):
+    row = ROWS["lt_sft", task]
+    file = results.find(f"{task}.safetensors")
+    assert (shipping.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
+    delta = shipping.opened(task)
+    assert delta.count == row["trained"] == round(row["config"]["budget"] * delta.metadata["total"])
+    model, tokenizer = load_classifier()
+    before = sl.snapshot(model)
+    sizes = {"train": row["config"]["train"], "validation": row["config"]["validation"]}
+    test = load_task(task, tokenizer, **sizes, device=model.device).test
+    some = torch.arange(0, len(test), 25)
+    recorded = torch.from_numpy(results.unpack(row["correct"], row["tested"]))[some]
+    for part in (test.texts, test.labels, test.documents, test.tokens):
+        part[:] = [part[i] for i in some]
+    with delta.apply(model):
+        found = evaluate(model, test)["correct"]
+    assert (found == recorded).float().mean() > 0.99  # an answer on the fence may turn with the machine
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_task_without_a_delta_is_named():
+    with pytest.raises(FileNotFoundError, match="task='songs' has no delta"):
+        shipping.opened("songs")
