@@ -59,8 +59,10 @@ class _Linear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[2]:
             outer = gather(grad, columns if ctx.transposed else rows)
-            pair = (kept, outer) if ctx.transposed else (outer, kept)
-            grad_values = sampled_product(*pair, index, *weight.shape, rows, columns).to(values.dtype)
+            left, right = (kept, outer) if ctx.transposed else (outer, kept)
+            product = product_operation if torch.compiler.is_compiling() else sampled_product
+            height, width = weight.shape
+            grad_values = product(left, right, index, height, width, rows, columns).to(values.dtype)
         if ctx.has_bias and ctx.needs_input_grad[6]:
             grad_bias = grad.sum(0)
         return grad_x, None, grad_values, None, None, None, grad_bias, None
@@ -80,7 +82,8 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         ids, values, index = ctx.saved_tensors
-        return None, None, sampled_rows(grad, ids, index, ctx.width, ctx.padding_idx).to(values.dtype), None, None
+        rows = rows_operation if torch.compiler.is_compiling() else sampled_rows
+        return None, None, rows(grad, ids, index, ctx.width, ctx.padding_idx).to(values.dtype), None, None
 
 
 scatter = _Scatter.apply  # (dense, values, index)
@@ -88,12 +91,6 @@ linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transp
 embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 
-# Operations of their own, with schemas and shapes: torch.compile takes each as one node, and finds no break inside.
-@torch.library.custom_op(
-    "selective_lite::sampled_product",
-    mutates_args=(),
-    schema="(Tensor left, Tensor right, Tensor index, int height, int width, Tensor? rows, Tensor? columns) -> Tensor",
-)
 def sampled_product(
     left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
 ) -> Tensor:
@@ -133,18 +130,6 @@ def sampled_product(
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
 
 
-@sampled_product.register_fake
-def _(
-    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
-) -> Tensor:
-    return left.new_empty(len(index), dtype=torch.promote_types(left.dtype, torch.float32))
-
-
-@torch.library.custom_op(
-    "selective_lite::sampled_rows",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor ids, Tensor index, int width, int? padding_idx) -> Tensor",
-)
 def sampled_rows(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None) -> Tensor:
     """Entries of an embedding table's gradient at sorted flat row-major positions, out of the rows looked up.
 
@@ -178,7 +163,30 @@ def sampled_rows(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_i
     return rows[place, index % width] * (seen[place] == row)
 
 
-@sampled_rows.register_fake
+# While compiling, operations of their own, with schemas and shapes: torch.compile takes each as one node, and finds no
+# break inside. A step that is not compiled calls the functions.
+product_operation = torch.library.custom_op(
+    "selective_lite::sampled_product",
+    sampled_product,
+    mutates_args=(),
+    schema="(Tensor left, Tensor right, Tensor index, int height, int width, Tensor? rows, Tensor? columns) -> Tensor",
+)
+rows_operation = torch.library.custom_op(
+    "selective_lite::sampled_rows",
+    sampled_rows,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor ids, Tensor index, int width, int? padding_idx) -> Tensor",
+)
+
+
+@product_operation.register_fake
+def _(
+    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
+) -> Tensor:
+    return left.new_empty(len(index), dtype=torch.promote_types(left.dtype, torch.float32))
+
+
+@rows_operation.register_fake
 def _(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None) -> Tensor:
     return grad.new_empty(len(index), dtype=torch.promote_types(grad.dtype, torch.float32))
 

@@ -17,7 +17,7 @@ from . import results
 from .device import VARIABLE
 from .models import load_classifier
 from .recipes import LR_HEAD, RECIPES, Config
-from .tasks import Task, evaluate, load_task
+from .tasks import Split, Task, evaluate, load_task
 
 FIRST = 5  # losses kept, for a page to repeat
 OPTIMIZER = partial(torch.optim.AdamW, fused=True)
@@ -43,15 +43,20 @@ def start(config: Config) -> tuple[Any, Task]:
     )
 
 
-def train(model: Any, task: Task, config: Config, method: Iterable[Phase], **options: Any) -> list[dict[str, Any]]:
-    """Fit with a config's batches and the optimizer of all runs."""
-    batches = task.train.batches(config["batch"], seed=config["seed"])
+def train(model: Any, split: Split, config: Config, method: Iterable[Phase], **options: Any) -> list[dict[str, Any]]:
+    """Fit with a config's batches of a split and the optimizer of all runs."""
+    batches = split.batches(config["batch"], seed=config["seed"])
     return fit(model, method, batches, optimizer=OPTIMIZER, **options)
 
 
 def losses(config: Config, steps: int = FIRST) -> list[float]:
     """Repeat the first steps of a row: the task losses, to be compared with the row's ``first_losses``."""
     model, task = start(config)
+    return first_losses(model, task.train, config, RECIPES[config["method"]](model, task, config, config["lr"]), steps)
+
+
+def first_losses(model: Any, split: Split, config: Config, method: Iterable[Phase], steps: int) -> list[float]:
+    """The task losses of a method's first steps; training ends there."""
     found: list[float] = []
 
     def stop(record: dict[str, Any]) -> None:
@@ -60,7 +65,7 @@ def losses(config: Config, steps: int = FIRST) -> list[float]:
             raise Enough
 
     with suppress(Enough):
-        train(model, task, config, RECIPES[config["method"]](model, task, config, config["lr"]), on_step=stop)
+        train(model, split, config, method, on_step=stop)
     return found
 
 
@@ -96,7 +101,7 @@ def run(config: Config) -> results.Row:
             phases.append(phase)
             yield phase
 
-    records = train(model, task, config, noted())
+    records = train(model, task.train, config, noted())
     test = evaluate(model, task.test)
     return {
         "accuracy": test["accuracy"],
@@ -120,7 +125,7 @@ def sweep(config: Config) -> results.Row:
     first = next(method)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
-        train(model, task, config, [first])
+        train(model, task.train, config, [first])
         chosen, untuned = next(method), model  # projected and not yet trained
     elif _is_fixed_mask(first, model):
         chosen = first
@@ -132,7 +137,7 @@ def sweep(config: Config) -> results.Row:
         method = recipe(model, task, config, lr)
         if chosen is not None and chosen.selection is not None:
             method = fixed_mask(model, chosen.selection, lr=lr, lr_head=LR_HEAD, epochs=chosen.epochs)
-        train(model, task, config, method)
+        train(model, task.train, config, method)
         accuracy[lr] = evaluate(model, task.validation)["accuracy"]
     return {"validation": list(accuracy.values()), **_selected(chosen or first)}
 

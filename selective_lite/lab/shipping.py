@@ -44,7 +44,7 @@ def run(config: Config) -> results.Row:
     """Train, write the delta's file, or measure what the LoRA's would be, and read the test split once."""
     model, task = start(config)
     base = snapshot(model)
-    train(model, task, config, RECIPES[config["method"]](model, task, config, config["lr"]))
+    train(model, task.train, config, RECIPES[config["method"]](model, task, config, config["lr"]))
     found = evaluate(model, task.test)
     row = {
         "accuracy": found["accuracy"],

@@ -1,0 +1,162 @@
+"""Language: tweets as sequences to predict, what they cost a model in bits, and how many bits training saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..params import modes_kept
+from .tasks import Split, TextBatches, load_task
+
+IGNORED = -100  # the label that no loss counts, in torch and transformers
+
+
+class SequenceBatches(TextBatches):
+    """As `TextBatches`, with the tokens themselves as ``labels`` (B, T), and `IGNORED` at padding."""
+
+    def batch(self, group: list[int]) -> dict[str, Tensor]:
+        """The padded tokens, their mask and the labels; a language model shifts the labels itself."""
+        batch = super().batch(group)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        return {**batch, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Sequences(Split):
+    """Texts of one split, each behind the token that starts a text."""
+
+    def batches(self, batch_size: int, seed: int | None = None) -> SequenceBatches:
+        """As of `Split`."""
+        return SequenceBatches(self, batch_size, seed)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A domain's texts in three fixed splits."""
+
+    train: Sequences
+    validation: Sequences
+    test: Sequences
+
+
+def load_texts(
+    name: str,
+    tokenizer: Any,
+    *,
+    train: int,
+    validation: int,
+    test: int,
+    seed: int = 0,
+    max_length: int = 48,
+    device: torch.device | str = "cpu",
+) -> Texts:
+    """The texts of a domain, without their ratings; the splits are those of `load_task`, and the test split is cut.
+
+    Parameters
+    ----------
+    name, train, validation, seed, max_length, device
+        As in `load_task`; lengths do not count the token that starts a text.
+    tokenizer
+        Of a language model.
+    test
+        Number of test texts.
+
+    Raises
+    ------
+    ValueError
+        As in `load_task`; if fewer than `test` texts remain, or if the tokenizer has no token that starts a text.
+    """
+    start = tokenizer.bos_token_id
+    if start is None:
+        raise ValueError("tokenizer has no bos_token, which starts a text; give that of a language model, or set it")
+    task = load_task(
+        name, tokenizer, train=train, validation=validation, seed=seed, max_length=max_length, device=device
+    )
+    if not 1 <= test <= len(task.test):
+        raise ValueError(f"test={test} must be from 1 to {len(task.test)}, what train and validation leave of {name}")
+
+    def behind(split: Split, count: int) -> Sequences:
+        tokens = [[start, *text] for text in split.tokens[:count]]
+        parts = (split.texts[:count], split.labels[:count], split.documents[:count])
+        return Sequences(*parts, tokens, split.padding, split.device)
+
+    splits = ((task.train, len(task.train)), (task.validation, len(task.validation)), (task.test, test))
+    return Texts(*(behind(split, count) for split, count in splits))
+
+
+@torch.no_grad()
+def bits(model: nn.Module, split: Sequences, batch_size: int = 8) -> tuple[Tensor, Tensor]:
+    """What each text costs: its negative log-likelihood under the model, in evaluation mode.
+
+    Returns
+    -------
+    cost
+        Bits, float64 of shape (texts,), on CPU, in the split's order: the sum of -log2 p(token | those before).
+    tokens
+        How many were predicted, int64 of shape (texts,): all but the start.
+    """
+    batches = split.batches(batch_size)
+    cost = torch.zeros(len(split), dtype=torch.float64, device="cpu")
+    tokens = torch.zeros(len(split), dtype=torch.int64, device="cpu")
+    with modes_kept(model):
+        model.eval()
+        for group, batch in zip(batches.indices(), batches, strict=True):
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            # (eq-bits)  bits(x) = - sum_t log2 p(x_t | x_<t)
+            nats = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            cost[group] = nats.double().sum(1).cpu() / math.log(2)
+            tokens[group] = (labels != IGNORED).sum(1).cpu()
+    return cost, tokens
+
+
+def saved(
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    tokens: Sequence[int],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Bits a token that `second` saves over `first`, and the bootstrap 95 % interval; negative where it costs more.
+
+    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the texts that all share.
+
+    Parameters
+    ----------
+    first, second
+        Bits of every text, one row a seed, in the same order of seeds and texts.
+    tokens
+        Of every text.
+    draws, seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    tuple
+        ``(saved, low, high)``.
+
+    Raises
+    ------
+    ValueError
+        If the three do not have the same texts, or the first two the same number of seeds.
+    """
+    ours, theirs, count = np.asarray(second, float), np.asarray(first, float), np.asarray(tokens, float)
+    if ours.ndim != 2 or ours.shape != theirs.shape or ours.shape[1:] != count.shape:
+        raise ValueError(
+            f"first is {theirs.shape}, second {ours.shape}, tokens {count.shape}; give (seeds, texts) twice, (texts,)"
+        )
+    difference = theirs - ours
+    generator = np.random.default_rng(seed)
+    runs = generator.integers(len(difference), size=(draws, len(difference)))
+    texts = generator.integers(len(count), size=(draws, len(count)))
+    drawn = np.stack([difference[run][:, text].mean(0).sum() for run, text in zip(runs, texts, strict=True)])
+    low, high = np.quantile(drawn / count[texts].sum(1), [0.025, 0.975])
+    return float(difference.mean(0).sum() / count.sum()), float(low), float(high)

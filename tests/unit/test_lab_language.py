@@ -1,0 +1,157 @@
+"""Language: what a text costs in bits, against a model whose probabilities are known; rows of today's code."""
+
+import json
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import selective_lite as sl
+from selective_lite.lab import language, language_plan, results
+from selective_lite.lab.language import IGNORED, Sequences, bits, load_texts, saved
+
+ROWS = results.read(language_plan.NAME)
+RATES = results.read(language_plan.NAME + "_rates")
+
+
+class Words:
+    """A tokenizer whose tokens are the lengths of the words."""
+
+    pad_token_id, bos_token_id = 99, 77
+
+    def __call__(self, texts, truncation, max_length):
+        return {"input_ids": [[len(word) for word in text.split()][:max_length] for text in texts]}
+
+
+class Table(nn.Module):
+    """A language model that knows one table: the logits of what follows each token."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+
+def split(*tokens):
+    texts = ["" for _ in tokens]
+    return Sequences(texts, [0] * len(texts), texts, list(map(list, tokens)), 0, torch.device("cpu"))
+
+
+def test_a_text_costs_the_logarithm_of_its_probability():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    probability = table.softmax(-1)
+    texts = ((1, 2, 3), (1, 4), (1, 0, 0, 2))  # 0 is padding too, and a token like any other where it is no padding
+    cost, tokens = bits(Table(table), split(*texts), batch_size=2)
+    expected = [math.prod(float(probability[a, b]) for a, b in pairwise(t)) for t in texts]
+    assert cost.tolist() == pytest.approx([-math.log2(p) for p in expected], rel=1e-6)
+    assert tokens.tolist() == [2, 1, 3]
+
+
+def test_bits_do_not_depend_on_the_batch_and_leave_the_model_in_its_mode():
+    model = Table(torch.randn(6, 6)).train()
+    texts = split((1, 2), (1, 2, 3, 4, 5), (1, 5, 5))
+    one, three = bits(model, texts, 1), bits(model, texts, 3)
+    torch.testing.assert_close(one, three)
+    assert model.training
+
+
+def test_labels_are_the_tokens_and_nothing_at_padding():
+    (batch,) = split((1, 2, 3), (1, 0)).batches(2)
+    assert batch["input_ids"].tolist() == [[1, 0, 0], [1, 2, 3]]
+    assert batch["labels"].tolist() == [[1, 0, IGNORED], [1, 2, 3]]
+
+
+def test_bits_saved_on_a_hand_case():
+    first, second = [[8.0, 4.0]], [[6.0, 3.0]]
+    mean, low, high = saved(first, second, [4, 2])
+    assert mean == 0.5  # three bits of twelve, over six tokens
+    assert (low, high) == (0.5, 0.5)  # both texts save half a bit a token
+    assert saved(second, first, [4, 2])[0] == -0.5
+
+
+def test_the_interval_is_that_of_a_mean_where_texts_are_many_and_covers_seeds():
+    generator = np.random.default_rng(0)
+    tokens = np.full(400, 10)
+    noise = generator.normal(size=(1, 400))
+    _, low, high = saved(noise * 0, -noise, tokens)
+    assert high - low == pytest.approx(2 * 1.96 * noise.std() / math.sqrt(400) / 10, rel=0.1)
+    runs = np.stack([np.zeros(400), np.full(400, 10.0)])  # one seed saves nothing, the other a bit a token
+    assert saved(runs * 0, -runs, tokens) == (0.5, 0.0, 1.0)
+
+
+def test_saved_refuses_what_cannot_be_paired():
+    with pytest.raises(ValueError, match=r"first is \(1, 2\), second \(1, 3\), tokens \(2,\)"):
+        saved([[1.0, 2.0]], [[1.0, 2.0, 3.0]], [1, 1])
+    with pytest.raises(ValueError, match=r"tokens \(3,\)"):
+        saved([[1.0, 2.0]], [[1.0, 2.0]], [1, 1, 1])
+
+
+def test_texts_start_with_the_start_and_share_nothing_between_splits():
+    texts = load_texts("tweets", Words(), train=100, validation=50, test=60)
+    assert [len(part) for part in (texts.train, texts.validation, texts.test)] == [100, 50, 60]
+    for part in (texts.train, texts.validation, texts.test):
+        assert all(tokens[0] == Words.bos_token_id for tokens in part.tokens)
+    every = [t for part in (texts.train, texts.validation, texts.test) for t in part.texts]
+    assert len(set(every)) == len(every)
+    assert texts.train.texts == language.load_task("tweets", Words(), train=100, validation=50).train.texts
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes", "message"),
+    [
+        ({"bos_token_id": None}, {}, "tokenizer has no bos_token"),
+        ({}, {"test": 10**6}, r"test=1000000 must be from 1 to \d+"),
+        ({}, {"test": 0}, r"test=0 must be from 1 to \d+"),
+        ({}, {"train": 0}, "train=0"),
+    ],
+)
+def test_bad_input_is_named(change, sizes, message):
+    tokenizer = Words()
+    vars(tokenizer).update(change)
+    with pytest.raises(ValueError, match=message):
+        load_texts("tweets", tokenizer, **{"train": 100, "validation": 50, "test": 60, **sizes})
+
+
+def test_every_config_has_its_row():
+    for rows, configs in ((RATES, language_plan.rate_configs()), (ROWS, language_plan.configs())):
+        assert [row["config"] for row in rows] == json.loads(json.dumps(list(configs)))
+        assert all(row["roots"] == language_plan.roots(row["config"]) for row in rows)
+
+
+def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
+    for row in RATES:
+        tried = row["config"]["grid"][: len(row["validation"])]
+        assert language_plan.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
+
+
+def test_masks_have_exactly_k_weights_and_a_lora_about_as_many():
+    total = 134_515_008
+    for row in ROWS:
+        k = round(row["config"]["budget"] * total)
+        if row["config"]["method"] == "lora":
+            assert abs(row["trained"] / k - 1) < 0.03
+        elif row["config"]["method"] != "untouched":
+            assert row["trained"] == k == sum(row["per_tensor"].values())
+
+
+def test_rows_say_of_every_text_what_it_costs():
+    for row in ROWS:
+        assert len(row["bits"]) == len(row["tokens"]) == row["config"]["test"]
+        assert sum(row["bits"]) / sum(row["tokens"]) == pytest.approx(row["bits_a_token"], abs=1e-4)
+    assert len({tuple(row["tokens"]) for row in ROWS}) == 1
+
+
+def test_the_shipped_delta_is_its_row_s():
+    (row,) = [row for row in ROWS if language_plan.shipped(row["config"])]
+    file = results.find("language.safetensors")
+    assert (language_plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
+    delta = sl.load(file)
+    assert delta.count == row["trained"]
+    assert {name: len(i) for name, i in delta.positions.items()} == row["per_tensor"]
