@@ -59,6 +59,7 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 results: $(ENVIRONMENT) assets ## run the full experiments, hours; an interrupted run goes on where it stopped
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.plan
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.shipping
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.language_plan
 
 .PHONY: benchmarks
 benchmarks: $(ENVIRONMENT) assets ## measure speed and size against the targets, on a machine that does nothing else

@@ -1,6 +1,5 @@
-"""Language: what a text costs in bits, against a model whose probabilities are known; rows of today's code."""
+"""Language: what a text costs in bits, against a model whose probabilities are known."""
 
-import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,12 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import selective_lite as sl
-from selective_lite.lab import language, language_plan, results
+from selective_lite.lab import load_task
 from selective_lite.lab.language import IGNORED, Sequences, bits, load_texts, saved
-
-ROWS = results.read(language_plan.NAME)
-RATES = results.read(language_plan.NAME + "_rates")
 
 
 class Words:
@@ -100,7 +95,7 @@ def test_texts_start_with_the_start_and_share_nothing_between_splits():
         assert all(tokens[0] == Words.bos_token_id for tokens in part.tokens)
     every = [t for part in (texts.train, texts.validation, texts.test) for t in part.texts]
     assert len(set(every)) == len(every)
-    assert texts.train.texts == language.load_task("tweets", Words(), train=100, validation=50).train.texts
+    assert texts.train.texts == load_task("tweets", Words(), train=100, validation=50).train.texts
 
 
 @pytest.mark.parametrize(
@@ -117,41 +112,3 @@ def test_bad_input_is_named(change, sizes, message):
     vars(tokenizer).update(change)
     with pytest.raises(ValueError, match=message):
         load_texts("tweets", tokenizer, **{"train": 100, "validation": 50, "test": 60, **sizes})
-
-
-def test_every_config_has_its_row():
-    for rows, configs in ((RATES, language_plan.rate_configs()), (ROWS, language_plan.configs())):
-        assert [row["config"] for row in rows] == json.loads(json.dumps(list(configs)))
-        assert all(row["roots"] == language_plan.roots(row["config"]) for row in rows)
-
-
-def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
-    for row in RATES:
-        tried = row["config"]["grid"][: len(row["validation"])]
-        assert language_plan.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
-
-
-def test_masks_have_exactly_k_weights_and_a_lora_about_as_many():
-    total = 134_515_008
-    for row in ROWS:
-        k = round(row["config"]["budget"] * total)
-        if row["config"]["method"] == "lora":
-            assert abs(row["trained"] / k - 1) < 0.03
-        elif row["config"]["method"] != "untouched":
-            assert row["trained"] == k == sum(row["per_tensor"].values())
-
-
-def test_rows_say_of_every_text_what_it_costs():
-    for row in ROWS:
-        assert len(row["bits"]) == len(row["tokens"]) == row["config"]["test"]
-        assert sum(row["bits"]) / sum(row["tokens"]) == pytest.approx(row["bits_a_token"], abs=1e-4)
-    assert len({tuple(row["tokens"]) for row in ROWS}) == 1
-
-
-def test_the_shipped_delta_is_its_row_s():
-    (row,) = [row for row in ROWS if language_plan.shipped(row["config"])]
-    file = results.find("language.safetensors")
-    assert (language_plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
-    delta = sl.load(file)
-    assert delta.count == row["trained"]
-    assert {name: len(i) for name, i in delta.positions.items()} == row["per_tensor"]
