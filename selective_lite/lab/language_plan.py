@@ -45,16 +45,16 @@ SHIPPED = {"method": "fish", "budget": 0.0002, "seed": 0}  # the run whose delta
 
 def start(config: Config) -> tuple[Any, Texts]:
     """The model and the texts that a config names."""
-    loaded, tokenizer = _loaded()
-    model = copy.deepcopy(loaded)
+    pretrained, tokenizer = loaded()
+    model = copy.deepcopy(pretrained)
     torch.manual_seed(config["seed"])
     sizes = {part: config[part] for part in ("train", "validation", "test")}
     return model, load_texts(config["task"], tokenizer, **sizes, device=model.device)
 
 
 @cache
-def _loaded() -> tuple[Any, Any]:
-    """Once a process: reading the quantized file and its vocabulary takes half a minute."""
+def loaded() -> tuple[Any, Any]:
+    """The model and its tokenizer, once a process: reading the quantized file and its vocabulary takes half a minute."""
     return load_language_model()
 
 
