@@ -54,7 +54,7 @@ def start(config: Config) -> tuple[Any, Texts]:
 
 @cache
 def loaded() -> tuple[Any, Any]:
-    """The model and its tokenizer, once a process: reading the quantized file and its vocabulary takes half a minute."""
+    """The model and its tokenizer, read once a process: the file and its vocabulary take half a minute."""
     return load_language_model()
 
 
