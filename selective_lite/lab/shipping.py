@@ -62,7 +62,7 @@ def run(config: Config) -> results.Row:
 
 
 def adapter_size(model: torch.nn.Module) -> results.Row:
-    """How many weights a model's LoRA has, and the bytes of a file with these and the head, as peft saves one."""
+    """How many weights a model's LoRA has, and the bytes of a file with them and the head (peft has longer names)."""
     low_rank = {name: p.detach().cpu() for name, p in model.named_parameters() if "lora_" in name}
     heads = {name: p.detach().cpu() for name, p in head_weights(model).items()}
     with tempfile.TemporaryDirectory() as folder:
