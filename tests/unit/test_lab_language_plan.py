@@ -1,0 +1,47 @@
+"""The rows of the language plan: complete, inside their grids, of exact counts, and with the delta that is kept."""
+
+import json
+
+import pytest
+
+import selective_lite as sl
+from selective_lite.lab import language_plan, results
+
+ROWS = results.read(language_plan.NAME)
+RATES = results.read(language_plan.NAME + "_rates")
+
+
+def test_every_config_has_its_row():
+    for rows, configs in ((RATES, language_plan.rate_configs()), (ROWS, language_plan.configs())):
+        assert [row["config"] for row in rows] == json.loads(json.dumps(list(configs)))
+        assert all(row["roots"] == language_plan.roots(row["config"]) for row in rows)
+
+
+def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
+    for row in RATES:
+        tried = row["config"]["grid"][: len(row["validation"])]
+        assert language_plan.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
+
+
+def test_masks_have_exactly_k_weights():
+    total = 134_515_008
+    for row in ROWS:
+        k = round(row["config"]["budget"] * total)
+        if row["config"]["method"] != "untouched":
+            assert row["trained"] == k == sum(row["per_tensor"].values())
+
+
+def test_rows_say_of_every_text_what_it_costs():
+    for row in ROWS:
+        assert len(row["bits"]) == len(row["tokens"]) == row["config"]["test"]
+        assert sum(row["bits"]) / sum(row["tokens"]) == pytest.approx(row["bits_a_token"], abs=1e-4)
+    assert len({tuple(row["tokens"]) for row in ROWS}) == 1
+
+
+def test_the_shipped_delta_is_its_row_s():
+    (row,) = [row for row in ROWS if language_plan.shipped(row["config"])]
+    file = results.find("language.safetensors")
+    assert (language_plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
+    delta = sl.load(file)
+    assert delta.count == row["trained"]
+    assert {name: len(i) for name, i in delta.positions.items()} == row["per_tensor"]
