@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..methods.fish import fish_mask, fisher_information
-from ..params import snapshot
+from ..params import snapshot, weights
 from ..scores import uniform
 from ..select import Selection, select
-from ..ship.delta import diff
+from ..ship.delta import Delta, diff
 from ..train import Phase, fixed_mask
 from . import results
 from .experiments import FIRST, climb, first_losses, train
@@ -114,6 +114,17 @@ def _size(base: Any, model: Any, selection: Selection, config: Config) -> result
 def shipped(config: Config) -> bool:
     """Whether a config's delta is kept beside the rows."""
     return {**SHIPPED, **DATA}.items() <= dict(config).items()
+
+
+def mask_of(delta: Delta, model: Any) -> Selection:
+    """The selection that a delta tunes: its positions, and all of a tensor that it replaces whole."""
+    whole = {name: torch.arange(tensor.numel()) for name, tensor in delta.dense.items()}
+    places = {**{name: index.long() for name, index in delta.positions.items()}, **whole}
+    candidates = weights(model)
+    return Selection(
+        {name: places[name] for name in candidates if name in places},
+        {name: tuple(p.shape) for name, p in candidates.items()},
+    )
 
 
 def sweep(config: Config) -> results.Row:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import selective_lite as sl
 from selective_lite.lab import language_plan, results
@@ -44,4 +45,21 @@ def test_the_shipped_delta_is_its_row_s():
     assert (language_plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
     delta = sl.load(file)
     assert delta.count == row["trained"]
-    assert {name: len(i) for name, i in delta.positions.items()} == row["per_tensor"]
+    places = {**{n: len(i) for n, i in delta.positions.items()}, **{n: t.numel() for n, t in delta.dense.items()}}
+    assert places == {name: count for name, count in row["per_tensor"].items() if count}
+
+
+def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
+    model = build("llama")
+    before = sl.snapshot(model)
+    whole = "model.norm.weight"
+    scores = {name: s + (name == whole) for name, s in sl.uniform(model, 0).items()}
+    selection = sl.select(scores, 60)
+    assert len(selection.indices[whole]) == model.get_parameter(whole).numel()
+    with torch.no_grad():
+        for name, index in selection.indices.items():
+            model.get_parameter(name).view(-1)[index] += 1
+    found = language_plan.mask_of(sl.diff(before, model), model)
+    assert found.shapes == selection.shapes
+    assert list(found.indices) == list(selection.indices)
+    assert all(torch.equal(found.indices[name], index) for name, index in selection.indices.items())
