@@ -74,14 +74,14 @@ def show(measured: Books, predicted: Books | None = None) -> None:
         If there is no book, a kind is unknown, or a prediction is for a label that is not there.
     """
     predicted = {} if predicted is None else predicted
-    check(measured, predicted)
+    check_books(measured, predicted)
     print(table(measured, predicted))
     alt = described(measured, predicted)
     with plots.figure(alt=alt, height=1.4 + 0.42 * len(measured), width=6.6) as (_, ax):
         draw(ax, measured, predicted)
 
 
-def check(measured: Books, predicted: Books) -> None:
+def check_books(measured: Books, predicted: Books) -> None:
     """Raise `show`'s errors."""
     if not measured:
         raise ValueError("measured is empty; give {label: ledger(...)} for one way of training or more")

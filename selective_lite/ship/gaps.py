@@ -1,4 +1,4 @@
-"""Gaps: sorted positions as one compressed stream of their differences, some 5 % longer than their entropy."""
+"""Gaps: sorted positions as one compressed stream of their differences, some 4 % longer than their entropy."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 
-from selective_lite.lab import experiments, plan
+from selective_lite.lab import experiments, plan, results
 from selective_lite.lab.recipes import RECIPES
+from selective_lite.lab.tasks import DOMAINS
 from selective_lite.params import weights
 
 EXACT = ("random", "fish", "sara", "child_tuning_d")
@@ -60,6 +61,29 @@ def test_grids_are_parts_of_one_grid_of_half_decades():
 def test_controls_that_shuffle_wait_for_what_they_shuffle():
     late = {config["method"] for config in plan.rate_configs() if plan.shuffles(config)}
     assert late == {method for method, _ in plan.GRIDS if method.endswith("shuffled")}
+
+
+def test_the_larger_profile_runs_every_method_on_every_domain_with_every_seed(monkeypatch):
+    ran = {}
+
+    def run_missing(name, configs, run, roots, **how):
+        ran[name] = list(configs)
+
+    best_in_the_middle = [0.1, 0.9] + [0.1] * 4
+    monkeypatch.setattr(results, "run_missing", run_missing)
+    monkeypatch.setattr(
+        results,
+        "read",
+        lambda name: [{"config": c, "validation": best_in_the_middle[: len(c["grid"])]} for c in ran[name]],
+    )
+    plan.everything(plan.LARGE, DOMAINS)
+    rows = [(c["task"], c["method"], c["budget"], c["seed"]) for c in ran[plan.LARGE]]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == {(task, *cell, seed) for task in DOMAINS for cell in plan.GRIDS for seed in plan.SEEDS}
+    assert all(c["lr"] == plan.GRIDS[c["method"], c["budget"]][1] for c in ran[plan.LARGE])
+    plan.everything(plan.NAME, DOMAINS[:1])
+    once = {c["method"] for c in ran[plan.NAME]} - {c["method"] for c in ran[plan.NAME] if c["seed"]}
+    assert once == set(plan.ONE_SEED)
 
 
 def test_a_climb_ends_at_the_first_rate_that_fails():

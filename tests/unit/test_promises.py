@@ -1,4 +1,7 @@
-"""Promises: the table's every promise, on BERT, a ViT and a tied Llama, in float32, bfloat16 and under accumulation."""
+"""Promises: the table's every promise, on BERT, a ViT and a tied Llama, in several settings.
+
+In float32 and bfloat16, under accumulation, where new tensors are made on another device than the model's, on a GPU.
+"""
 
 import math
 from contextlib import closing
@@ -21,7 +24,7 @@ from selective_lite.methods.spt import allocate, spt
 
 K = 60
 KINDS = ("bert", "vit", "llama")
-SETTINGS = ("float32", "bfloat16", "accumulation")
+SETTINGS = ("float32", "bfloat16", "accumulation", "meta_default", "cuda")
 LR, EPOCHS = 0.05, 2
 # No part of a ViT's convolution and bare parameters can be masked; Diff Pruning and SaRA select from all but the head,
 # so there they count as the head.
@@ -137,25 +140,27 @@ class Run:
     """A method, run on a fresh model: the base's bits, the model after, the selection of the last phase."""
 
     def __init__(self, build, batches, name, kind, setting, seed):
-        self.name, self.batch = name, batches(kind, 1)[0]
-        self.fresh = lambda: pretrained(build(kind), torch.bfloat16 if setting == "bfloat16" else torch.float32)
+        device = "cuda" if setting == "cuda" else "cpu"
+        dtype = torch.bfloat16 if setting == "bfloat16" else torch.float32
+        self.name = name
+        self.fresh = lambda: pretrained(build(kind), dtype).to(device)
         self.model = self.fresh()
         self.base, self.keys = sl.snapshot(self.model), list(self.model.state_dict())
         head = HEAD.get((name, kind))
-        self.data = batches(kind, 2 + seed)[seed:]  # another seed is another task
+        given = [{key: value.to(device) for key, value in batch.items()} for batch in batches(kind, 2 + seed)]
+        self.batch, self.data = given[0], given[seed:]  # another seed is another task
         data = self.data
-        method = METHODS[name](self.model, data, kind)
         self.selection = outside_phase(name, self.fresh(), data, head)
 
         def phases():
-            with closing(method):
+            with closing(METHODS[name](self.model, data, kind)) as method:
                 for phase in method:
                     self.selection = self.selection if name in ("sara", "sora", "spt") else phase.selection
                     yield phase
                     # Trained, and not yet merged or put back.
                     self.inside = {n: p.detach().clone() for n, p in self.model.named_parameters() if n in self.base}
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.device("meta" if setting == "meta_default" else "cpu"):
             torch.manual_seed(seed)
             (accumulate if setting == "accumulation" else sl.fit)(self.model, phases(), data)
         self.candidates = {n: p for n, p in sl.weights(self.model, head).items() if n in self.base}
@@ -171,7 +176,7 @@ def run(build, batches):
 
 
 def bits(model):
-    return {name: p.detach().view(torch.int16).numpy().tobytes() for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().view(torch.int16).numpy().tobytes() for name, p in model.named_parameters()}
 
 
 def outputs(model, batch):
@@ -203,7 +208,7 @@ def rest_identical(one, other, path):
 def nearest(one, other, path):
     """No other number of sensitive weights costs what is nearer to the budget; and what is paid for is trained."""
     scores, spent = spend(one.fresh(), one.data)
-    scores = {n: s for n, s in scores.items() if n not in spent.left_out}
+    scores = {n: s.cpu() for n, s in scores.items() if n not in spent.left_out}
     cost, tensor = torch.zeros(sum(s.numel() for s in scores.values()), dtype=torch.int64), []
     for number, score in enumerate(scores.values()):
         tensor += [number] * score.numel()
@@ -272,7 +277,11 @@ CHECKS = {
 }
 
 CASES = [
-    pytest.param(name, kind, setting, promise, id=f"{name}-{kind}-{setting}-{promise}".replace(" ", "_"))
+    pytest.param(
+        *(name, kind, setting, promise),
+        id=f"{name}-{kind}-{setting}-{promise}".replace(" ", "_"),
+        marks=[pytest.mark.gpu] if setting == "cuda" else [],
+    )
     for name, promises in PROMISES.items()
     for promise in promises
     for kind in KINDS
