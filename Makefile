@@ -56,7 +56,7 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab book
 
 .PHONY: results
-results: $(ENVIRONMENT) assets ## run the full experiments, hours; an interrupted run goes on where it stopped
+results: $(ENVIRONMENT) assets ## run the full experiments, some four hours; an interrupted run goes on where it stopped
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.plan
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.shipping
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.language_plan

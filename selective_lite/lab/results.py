@@ -90,6 +90,8 @@ def run_missing(
             print(f"{name} {len(rows)}/{len(wanted)}: {brief}", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: wanted.index(row["config"]))
     write(name, rows)
+    hours = sum(row["seconds"] for row in rows) / 3600
+    print(f"{name}: {len(rows)} rows, {hours:.2f} hours of runs, {workers} at a time", file=sys.stderr, flush=True)
     return rows
 
 

@@ -48,7 +48,11 @@ def test_a_killed_run_goes_on_where_it_stopped(capsys):
     assert {tuple(row["roots"]) for row in rows} == {("run.py:run", "recipes.py:ours")}
     assert results.run_missing("toy", reversed(CONFIGS), run, roots) == rows[::-1]
     assert len(started) == 5
-    assert "seed=3 lr=0.001 accuracy=0.3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "seed=3 lr=0.001 accuracy=0.3" in said
+    results.write("toy", [{**row, "seconds": 900.0 * i} for i, row in enumerate(rows)])
+    results.run_missing("toy", CONFIGS, run, roots)
+    assert capsys.readouterr().err == "toy: 4 rows, 1.50 hours of runs, 1 at a time\n"
 
 
 def side_by_side(config):
