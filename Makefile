@@ -44,6 +44,7 @@ test: lint unit browser book ## lint, types, unit and parity tests, notebooks, t
 .PHONY: unit
 unit: $(ENVIRONMENT) assets ## the tests of the library alone
 	$(BIN)/pytest tests/unit tests/parity
+	$(BIN)/pytest tests/unit -m gpu --pretend
 
 .PHONY: lint
 lint: $(ENVIRONMENT) ## style, types, and no outputs in committed notebooks

@@ -109,9 +109,12 @@ def build():
 
 @pytest.fixture(scope="session")
 def batches():
-    """batches(kind, count, size=3) -> a list of batches: token ids without padding (or images), and labels."""
+    """batches(kind, count, size=3, device="cpu") -> batches: token ids without padding (or images), and labels."""
 
-    def make(kind, count, size=3):
+    def make(kind, count, size=3, device="cpu"):
+        return [{key: value.to(device) for key, value in batch.items()} for batch in drawn(kind, count, size)]
+
+    def drawn(kind, count, size):
         generator = torch.Generator().manual_seed(1)
         if kind == "vit":
             images = [torch.randn(size, 1, 8, 8, generator=generator) for _ in range(count)]

@@ -6,15 +6,15 @@ import torch
 import selective_lite as sl
 
 
-def tuned(build, seed=None, head=None, **shifts):
+def tuned(build, seed=None, head=None, device="cpu", **shifts):
     """The toy model with some weights shifted: `first_weight={position: amount}`, a seed for a whole norm, a head."""
-    model = build("toy")
+    model = build("toy").to(device)
     with torch.no_grad():
         for name, changes in shifts.items():
             for position, amount in changes.items():
                 model.get_parameter(name.replace("_", ".")).view(-1)[position] += amount
         if seed is not None:
-            model.norm.weight += torch.randn(7, generator=torch.Generator().manual_seed(seed))
+            model.norm.weight += torch.randn(7, generator=torch.Generator().manual_seed(seed)).to(device)
         if head is not None:
             model.classifier.weight.fill_(head)
     return model
@@ -29,16 +29,16 @@ def equal(one, other):
 
 
 @pytest.fixture
-def base(build):
-    return build("toy")
+def base(build, device):
+    return build("toy").to(device)
 
 
 @pytest.fixture
-def pair(build, base):
+def pair(build, base, device):
     """Two tuned models that share a position, and their deltas; the second has a whole tensor."""
     models = (
-        tuned(build, first_weight={0: 1.0, 5: -2.0}, second_weight={3: 0.5}),
-        tuned(build, seed=1, first_weight={5: 4.0, 9: 1.0}),
+        tuned(build, device=device, first_weight={0: 1.0, 5: -2.0}, second_weight={3: 0.5}),
+        tuned(build, device=device, seed=1, first_weight={5: 4.0, 9: 1.0}),
     )
     return models, [sl.diff(base, model, method=name) for model, name in zip(models, ("one", "two"), strict=True)]
 
@@ -151,8 +151,8 @@ def test_switching_to_a_delta_that_does_not_fit_leaves_the_old_one_in(build, bas
     assert equal(bits(base), before)
 
 
-def test_switching_with_small_modules_leaves_the_old_ones_in(build, base):
-    model = build("toy")
+def test_switching_with_small_modules_leaves_the_old_ones_in(build, base, device):
+    model = build("toy").to(device)
     sl.add_adapters(model, "first.weight", rank=2, seed=3)
     applied = sl.diff(base, model).apply(base)
     with pytest.raises(sl.DeltaError):

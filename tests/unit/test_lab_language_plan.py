@@ -7,6 +7,7 @@ import torch
 
 import selective_lite as sl
 from selective_lite.lab import language_plan, results
+from selective_lite.lab.language import Sequences, Texts
 
 ROWS = results.read(language_plan.NAME)
 RATES = results.read(language_plan.NAME + "_rates")
@@ -63,3 +64,26 @@ def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
     assert found.shapes == selection.shapes
     assert list(found.indices) == list(selection.indices)
     assert all(torch.equal(found.indices[name], index) for name, index in selection.indices.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["untouched", "fish", "random"])
+def test_the_plan_runs_on_a_gpu(build, accelerator, tmp_path, monkeypatch, method):
+    texts = torch.randint(1, 53, (24, 7)).tolist()
+
+    def split(tokens):
+        empty = [""] * len(tokens)
+        return Sequences(empty, [0] * len(tokens), empty, tokens, 0, torch.device(accelerator))
+
+    def start(config):
+        return build("llama").to(accelerator), Texts(*(split(texts[i : i + 8]) for i in (0, 8, 16)))
+
+    monkeypatch.setattr(language_plan, "start", start)
+    monkeypatch.setattr(results, "CHECKOUT", tmp_path)
+    config = {**language_plan.DATA, "method": method, "budget": 0.02, "seed": 0, "batch": 4}
+    row = language_plan.run({**config, "lr": 1e-3})
+    assert len(row["bits"]) == len(row["tokens"]) == 8
+    if method != "untouched":
+        assert row["trained"] == sum(row["per_tensor"].values()) > 0
+        found = language_plan.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]
+        assert 1 <= len(found) <= 2

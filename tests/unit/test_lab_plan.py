@@ -1,16 +1,19 @@
 """The plan and its recipes: every planned method has one, and trains as many weights as its budget says."""
 
 import copy
+import math
 
 import pytest
+import torch
 
 from selective_lite.lab import experiments, plan, results
 from selective_lite.lab.recipes import RECIPES
-from selective_lite.lab.tasks import DOMAINS
+from selective_lite.lab.tasks import DOMAINS, Split, Task
 from selective_lite.params import weights
 
 EXACT = ("random", "fish", "sara", "child_tuning_d")
 NEAREST = {"spt": 0.1, "lora": 0.05}  # how far from the budget, as a share of it
+SHUFFLED = ("unstructured", "fish")
 SMALL = {"task": "movies", "train": 16, "validation": 40, "batch": 8, "epochs": 2, "seed": 0}
 
 
@@ -61,6 +64,45 @@ def test_grids_are_parts_of_one_grid_of_half_decades():
 def test_controls_that_shuffle_wait_for_what_they_shuffle():
     late = {config["method"] for config in plan.rate_configs() if plan.shuffles(config)}
     assert late == {method for method, _ in plan.GRIDS if method.endswith("shuffled")}
+
+
+@pytest.fixture
+def tiny(accelerator, monkeypatch):
+    """What `experiments.start` gives, of tiny size, on a GPU; the rows that controls shuffle are there."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    # A side of 72 is more than SaRA's smallest, and half a percent of all buys SPT one module.
+    config = BertConfig(vocab_size=53, hidden_size=72, num_hidden_layers=6, num_attention_heads=2)
+    config.update({"intermediate_size": 144, "max_position_embeddings": 16})
+    tokens = torch.randint(1, 53, (24, 7)).tolist()
+
+    def split(part):
+        labels = [i % 2 for i in range(24)]
+        return Split([""] * 8, labels[part], [""] * 8, tokens[part], 0, torch.device(accelerator))
+
+    def start(config_):
+        torch.manual_seed(0)
+        task = Task("tiny", split(slice(0, 8)), split(slice(8, 16)), split(slice(16, 24)), majority=0.5)
+        return BertForSequenceClassification(config).to(accelerator), task
+
+    def read(name):
+        counts = {name: min(3, p.numel()) for name, p in weights(start(None)[0]).items()}
+        return [{"config": {**SMALL, "method": m, "budget": 0.005}, "per_tensor": counts} for m in SHUFFLED]
+
+    monkeypatch.setattr(experiments, "start", start)
+    monkeypatch.setattr(results, "read", read)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_method_of_the_plan_runs_on_a_gpu(method):
+    config = {**SMALL, "method": method, "budget": next(budget for name, budget in plan.GRIDS if name == method)}
+    row = experiments.run({**config, "lr": 1e-3})
+    assert row["tested"] == 8
+    assert all(math.isfinite(loss) for loss in (row["loss"], *row["first_losses"]))
+    assert row["trained"] > 0
+    assert len(experiments.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]) == 2
 
 
 def test_the_larger_profile_runs_every_method_on_every_domain_with_every_seed(monkeypatch):

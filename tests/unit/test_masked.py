@@ -125,8 +125,8 @@ class DenseMasked:
 
     def __init__(self, model, selection, make):
         self.model = model
-        self.masks = {n: m for n, m in selection.masks().items() if n in selection.indices}
-        self.named = {n: p for n, p in model.named_parameters() if n in self.masks}
+        self.named = {n: p for n, p in model.named_parameters() if n in selection.indices}
+        self.masks = {n: m.to(self.named[n].device) for n, m in selection.masks().items() if n in self.named}
         self.start = {n: p.detach().clone() for n, p in self.named.items()}
         self.optimizer = make(list(self.named.values()))
 
@@ -149,8 +149,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["toy", "llama", "gpt2"])
-def test_compact_training_is_dense_masked_training_step_for_step(build, batches, pick, kind, optimizer):
-    reference, model, data = build(kind).double(), build(kind).double(), batches(kind, 4)
+def test_compact_training_is_dense_masked_training_step_for_step(build, batches, pick, device, kind, optimizer):
+    reference, model = (build(kind).to(device, torch.float64) for _ in range(2))
+    data = batches(kind, 4, device=device)
     selection = pick(model, per_tensor=5)
     dense = DenseMasked(reference, selection, OPTIMIZERS[optimizer])
     with sl.masked(model, selection) as training:
@@ -172,9 +173,9 @@ def test_compact_training_is_dense_masked_training_step_for_step(build, batches,
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_identical_float32_gradients_give_identical_weights(optimizer):
+def test_identical_float32_gradients_give_identical_weights(device, optimizer):
     # 1,000 and 37 entries: the vectorised part of an optimizer's kernel and the part behind it.
-    model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 20))
+    model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 20)).to(device)
     selection = sl.select(sl.uniform(model, 0), 1037)
     dense = DenseMasked(copy.deepcopy(model), selection, OPTIMIZERS[optimizer])
     with sl.masked(model, selection) as training:
@@ -191,9 +192,9 @@ def test_identical_float32_gradients_give_identical_weights(optimizer):
 
 
 @pytest.mark.parametrize("kind", ["toy", "bert", "bert_tied", "llama", "gpt2"])
-def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick, kind):
-    model = build(kind).double()
-    (batch,) = batches(kind, 1)
+def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick, device, kind):
+    model = build(kind).to(device, torch.float64)
+    (batch,) = batches(kind, 1, device=device)
     selection = pick(model, per_tensor=9)
     head = tuple(sl.head_weights(model))
     expected = model(**batch)

@@ -24,7 +24,7 @@ from selective_lite.methods.spt import allocate, spt
 
 K = 60
 KINDS = ("bert", "vit", "llama")
-SETTINGS = ("float32", "bfloat16", "accumulation", "meta_default", "cuda")
+SETTINGS = ("float32", "bfloat16", "accumulation", "meta_default", "gpu")
 LR, EPOCHS = 0.05, 2
 # No part of a ViT's convolution and bare parameters can be masked; Diff Pruning and SaRA select from all but the head,
 # so there they count as the head.
@@ -139,15 +139,14 @@ def outside_phase(name, model, data, head):
 class Run:
     """A method, run on a fresh model: the base's bits, the model after, the selection of the last phase."""
 
-    def __init__(self, build, batches, name, kind, setting, seed):
-        device = "cuda" if setting == "cuda" else "cpu"
+    def __init__(self, build, batches, name, kind, setting, seed, device="cpu"):
         dtype = torch.bfloat16 if setting == "bfloat16" else torch.float32
         self.name = name
         self.fresh = lambda: pretrained(build(kind), dtype).to(device)
         self.model = self.fresh()
         self.base, self.keys = sl.snapshot(self.model), list(self.model.state_dict())
         head = HEAD.get((name, kind))
-        given = [{key: value.to(device) for key, value in batch.items()} for batch in batches(kind, 2 + seed)]
+        given = batches(kind, 2 + seed, device=device)
         self.batch, self.data = given[0], given[seed:]  # another seed is another task
         data = self.data
         self.selection = outside_phase(name, self.fresh(), data, head)
@@ -171,8 +170,14 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(build, batches):
-    """run(name, kind, setting, seed=0) -> the `Run`, made once."""
+    """run(name, kind, setting, seed, device="cpu") -> the `Run`, made once."""
     return cache(partial(Run, build, batches))
+
+
+@pytest.fixture
+def place(setting, request):
+    """The device of a setting's model."""
+    return request.getfixturevalue("accelerator") if setting == "gpu" else "cpu"
 
 
 def bits(model):
@@ -280,7 +285,7 @@ CASES = [
     pytest.param(
         *(name, kind, setting, promise),
         id=f"{name}-{kind}-{setting}-{promise}".replace(" ", "_"),
-        marks=[pytest.mark.gpu] if setting == "cuda" else [],
+        marks=[pytest.mark.gpu] if setting == "gpu" else [],
     )
     for name, promises in PROMISES.items()
     for promise in promises
@@ -291,8 +296,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "kind", "setting", "promise"), CASES)
-def test_a_promise_holds(run, tmp_path, name, kind, setting, promise):
-    one, other = (run(name, kind, setting, seed) for seed in (0, 1))
+def test_a_promise_holds(run, place, tmp_path, name, kind, setting, promise):
+    one, other = (run(name, kind, setting, seed, place) for seed in (0, 1))
     CHECKS[promise](one, other, tmp_path / "delta.safetensors")
 
 
@@ -305,9 +310,10 @@ def test_what_is_not_promised_does_not_hold(run, tmp_path, name, promise):
         CHECKS[promise](one, other, tmp_path / "delta.safetensors")
 
 
+@pytest.mark.parametrize("setting", ["float32", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", [name for name, promises in PROMISES.items() if not promises])
-def test_what_promises_nothing_moves_everything(run, name):
-    one = run(name, "bert", "float32", 0)
+def test_what_promises_nothing_moves_everything(run, place, name, setting):
+    one = run(name, "bert", setting, 0, place)
     assert one.selection is None
     assert not [n for n, p in one.model.named_parameters() if torch.equal(p, one.base[n])]
 

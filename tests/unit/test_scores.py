@@ -89,6 +89,17 @@ def test_a_backward_pass_that_raises_leaves_no_hook_behind(build, batches):
     assert model.second.weight.grad.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("score", GRADIENT_SCORES)
+def test_scores_on_a_gpu_are_those_of_the_cpu_and_stay_there(build, batches, accelerator, score):
+    expected = GRADIENT_SCORES[score](build("bert"), batches("bert", 2))
+    model = build("bert").to(accelerator)
+    found = GRADIENT_SCORES[score](model, batches("bert", 2, device=accelerator))
+    assert {value.device.type for value in found.values()} == {accelerator}
+    torch.testing.assert_close({n: v.cpu() for n, v in found.items()}, expected, rtol=1e-3, atol=1e-6)
+    assert sl.select(found, 0.5).count == sl.select(expected, 0.5).count
+
+
 @pytest.mark.parametrize("score", GRADIENT_SCORES)
 def test_scores_do_not_depend_on_dropout_or_on_being_under_no_grad(build, batches, score):
     model, data = build("toy"), batches("toy", 2)
