@@ -102,12 +102,12 @@ def test_a_temperature_that_is_not_positive_raises(beta):
         sl.HardConcrete((1,), beta=beta)
 
 
-def test_the_module_samples_in_training_and_is_deterministic_in_evaluation():
-    gate = sl.HardConcrete((5, 4), beta=0.5, stretch=(-0.5, 1.5), log_alpha=0.3)
+def test_the_module_samples_in_training_and_is_deterministic_in_evaluation(device):
+    gate = sl.HardConcrete((5, 4), beta=0.5, stretch=(-0.5, 1.5), log_alpha=0.3).to(device)
     draws = [gate(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    u = torch.rand((5, 4), generator=torch.Generator().manual_seed(0))
+    u = torch.rand((5, 4), generator=torch.Generator().manual_seed(0)).to(device)
     assert torch.equal(draws[0], sl.hard_concrete(gate.log_alpha, u, beta=0.5, stretch=(-0.5, 1.5)))
     gate.eval()
     assert torch.equal(gate(), sl.deterministic_gate(gate.log_alpha, stretch=(-0.5, 1.5)))
