@@ -96,7 +96,7 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
         for t in (args[0], *args[2:]) if packet in INDEXES else given:
             if isinstance(t, Tensor) and not isinstance(t, Pretended) and t.dim() > 0:
                 raise RuntimeError(f"{func} takes tensors of one device, and found {NAME}:0 and {t.device}")
-    if "device" in kwargs and kwargs["device"] is not None:
+    if kwargs.get("device") is not None:
         stays = _is_here(kwargs["device"])
         kwargs = {**kwargs, "device": "cpu"} if stays else kwargs
     else:
