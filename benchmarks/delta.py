@@ -22,7 +22,7 @@ from selective_lite.ship.delta import Encoding
 
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 CONFIG = {"sizes": SIZES, "budget": 0.005, "warmup": 3, "rounds": 25}
-ROOTS = ["ship/delta.py:Delta", "ship/delta.py:diff", "ship/delta.py:load", "select.py:select", "scores.py:uniform"]
+ROOTS = ["ship/delta.py:Delta", "ship/delta.py:diff", "ship/delta.py:load", "selection.py:select", "scores.py:random_scores"]
 ENCODINGS: tuple[Encoding, ...] = ("flat", "gap-lzma")
 
 
@@ -30,7 +30,7 @@ def deltas(base: nn.Module, budget: float) -> list[sl.Delta]:
     """Two tasks: other random weights of the same model moved, and other heads."""
     found = []
     for seed in (0, 1):
-        tuned, selection = copy.deepcopy(base), sl.select(sl.uniform(base, seed), budget)
+        tuned, selection = copy.deepcopy(base), sl.select(sl.random_scores(base, seed), budget)
         with torch.no_grad():
             for name, where in selection.indices.items():
                 tuned.get_parameter(name).view(-1)[where.long()] += 0.01

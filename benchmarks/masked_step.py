@@ -19,7 +19,7 @@ CONFIGS = [
     {"model": "minilm", "batch": 32, "tokens": 32, "budget": budget, "rank": 8, "warmup": 3, "rounds": 25}
     for budget in (0.0002, 0.005, 0.05)
 ]
-ROOTS = ["masked.py:masked", "select.py:select", "scores.py:uniform", "ledger.py:ledger"]
+ROOTS = ["layers/masked.py:masked", "selection.py:select", "scores.py:random_scores", "memory.py:ledger"]
 
 
 def contenders(config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, torch.optim.Optimizer | None]]:

@@ -16,7 +16,7 @@ CONFIGS = [
     {"way": way, "model": "smollm2", "batch": 4, "tokens": 64, "budget": 0.005, "rank": 8, "steps": 3}
     for way in ("full AdamW", "peft SHiRA", "peft LoRA", "selective_lite", "floor")
 ]
-ROOTS = ["masked.py:masked", "select.py:select", "scores.py:uniform", "ledger.py:ledger"]
+ROOTS = ["layers/masked.py:masked", "selection.py:select", "scores.py:random_scores", "memory.py:ledger"]
 
 
 def measure(config: Mapping[str, Any]) -> results.Row:

@@ -19,7 +19,7 @@ CONFIGS = [
     for size in (10**7, 10**8, 10**9)
     for budget in (0.005, 0.0002)
 ]
-ROOTS = ["select.py:select"]
+ROOTS = ["selection.py:select"]
 
 
 class Drawn(Mapping[str, Tensor]):

@@ -25,7 +25,7 @@ def trained(way: str, model: Any, *, budget: float, rank: int) -> tuple[nn.Modul
     elif way == "peft SHiRA":
         model = get_peft_model(model, ShiraConfig(r=rank, target_modules=targets))
     elif way == "selective_lite":
-        sl.masked(model, sl.select(sl.uniform(model, 0), budget), dense=tuple(sl.head_weights(model)))
+        sl.masked(model, sl.select(sl.random_scores(model, 0), budget), dense=tuple(sl.head_weights(model)))
     elif way == "floor":  # forward and every input gradient, down to the output of the embedding
         model.requires_grad_(False)
         embedding = getattr(model.base_model, "embeddings", model.get_input_embeddings())

@@ -36,7 +36,7 @@ def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return places
 
 
-def starts_with(name: str, prefixes: Sequence[str]) -> bool:
+def is_under(name: str, prefixes: Sequence[str]) -> bool:
     """Whether a dotted `name` is one of `prefixes` or lies below one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
@@ -45,7 +45,7 @@ def check_prefixes(prefixes: str | Sequence[str], names: Collection[str], what: 
     """The prefixes as a tuple; raise a `ValueError` that names the first one under which there is none of `names`."""
     found = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
     for prefix in found:
-        if not any(starts_with(name, (prefix,)) for name in names):
+        if not any(is_under(name, (prefix,)) for name in names):
             known = next(iter(names), None)
             raise ValueError(f"{what}={prefix!r} names no parameter; give names or prefixes, such as {known!r}")
     return found
@@ -83,7 +83,7 @@ def weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn
         If a prefix names nothing, or no candidate is left.
     """
     prefixes = _head_prefixes(model, head)
-    found = {name: p for name, p in _floating(model) if not starts_with(name, prefixes)}
+    found = {name: p for name, p in _floating(model) if not is_under(name, prefixes)}
     if not found:
         raise ValueError(f"model has no floating-point parameter outside its head {prefixes}; nothing can be selected")
     return found
@@ -92,7 +92,7 @@ def weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn
 def head_weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The parameters of the task head, ``{name: parameter}``; arguments and errors as in `weights`."""
     prefixes = _head_prefixes(model, head)
-    return {name: p for name, p in _floating(model) if starts_with(name, prefixes)}
+    return {name: p for name, p in _floating(model) if is_under(name, prefixes)}
 
 
 def resolve_budget(budget: int | float, total: int) -> int:
@@ -136,7 +136,7 @@ def resolve_budget(budget: int | float, total: int) -> int:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
+def preserve_modes(model: nn.Module) -> Iterator[None]:
     """A block after which every module is in training or evaluation mode as it was before."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .params import check_prefixes, modes_kept, only_trainable, starts_with, weights
+from .params import check_prefixes, is_under, only_trainable, preserve_modes, weights
 
 Scores = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -51,7 +51,7 @@ def movement(model: nn.Module, start: Mapping[str, Tensor], head: Sequence[str] 
     return {name: (p.detach() - start[name]).abs() for name, p in candidates.items()}
 
 
-def uniform(model: nn.Module, seed: int, head: Sequence[str] | None = None) -> Scores:
+def random_scores(model: nn.Module, seed: int, head: Sequence[str] | None = None) -> Scores:
     """The control: uniform random scores in (0, 1), float32 on CPU, a function of `seed` and the shapes alone."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -211,7 +211,7 @@ def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
         If a prefix names nothing.
     """
     prefixes = check_prefixes(frozen, scores, "frozen")
-    return {name: torch.zeros_like(s) if starts_with(name, prefixes) else s for name, s in scores.items()}
+    return {name: torch.zeros_like(s) if is_under(name, prefixes) else s for name, s in scores.items()}
 
 
 def _one_of(argument: str, value: object, allowed: tuple) -> None:
@@ -242,7 +242,7 @@ def _accumulate(
     # In half precision a sum of a thousand squares would saturate.
     sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in candidates.values()}
     batch = None
-    with modes_kept(model), only_trainable(model, sums), torch.enable_grad():
+    with preserve_modes(model), only_trainable(model, sums), torch.enable_grad():
         model.eval()
         for batch in batches:
             _add_gradients(loss(model, batch), sums, of)

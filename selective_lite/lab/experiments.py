@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..params import head_weights
-from ..train import Phase, fit, fixed_mask
+from ..training import Phase, fit, fixed_mask
 from . import results
 from .device import VARIABLE
 from .models import load_classifier

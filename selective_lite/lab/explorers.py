@@ -13,7 +13,7 @@ from matplotlib import colors, rc_context
 from matplotlib.figure import Figure
 
 from ..gates import check_stretch
-from ..select import select
+from ..selection import select
 from . import plots
 
 MAX_FRAMES = 15  # an axis

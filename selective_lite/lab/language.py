@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..params import modes_kept
+from ..params import preserve_modes
 from .tasks import Split, TextBatches, load_task
 
 IGNORED = -100  # the label that no loss counts, in torch and transformers
@@ -105,7 +105,7 @@ def bits(model: nn.Module, split: Sequences, batch_size: int = 8) -> tuple[Tenso
     batches = split.batches(batch_size)
     cost = torch.zeros(len(split), dtype=torch.float64, device="cpu")
     tokens = torch.zeros(len(split), dtype=torch.int64, device="cpu")
-    with modes_kept(model):
+    with preserve_modes(model):
         model.eval()
         for group, batch in zip(batches.indices(), batches, strict=True):
             labels = batch.pop("labels")[:, 1:]

@@ -17,10 +17,10 @@ import torch
 
 from ..methods.fish import fish_mask, fisher_information
 from ..params import snapshot, weights
-from ..scores import uniform
-from ..select import Selection, select
+from ..scores import random_scores
+from ..selection import Selection, select
 from ..ship.delta import Delta, diff
-from ..train import Phase, fixed_mask
+from ..training import Phase, fixed_mask
 from . import results
 from .experiments import FIRST, climb, first_losses, train
 from .language import Texts, bits, load_texts
@@ -61,7 +61,7 @@ def loaded() -> tuple[Any, Any]:
 def chosen(model: Any, texts: Texts, config: Config) -> Selection:
     """The weights that a config's method selects: by FISH, or at random."""
     if config["method"] == "random":
-        return select(uniform(model, config["seed"]), config["budget"])
+        return select(random_scores(model, config["seed"]), config["budget"])
     batches = texts.train.batches(config["batch"], seed=config["seed"])
     return fish_mask(fisher_information(model, batches, samples=config["samples"]), config["budget"])
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Kind, check_places, part_shapes
-from ..methods.groups import GROUPINGS
+from ..layers.small import Kind, find_layers, part_shapes
+from ..methods.diff_pruning.groups import GROUPINGS
 from ..params import weights
 from . import plots
 
@@ -33,7 +33,7 @@ def small_modules(model: nn.Module, names: Sequence[str], *, kind: Kind = "lora"
 
     Arguments and errors as in `add_adapters`.
     """
-    places = check_places(model, dict.fromkeys(names, rank))
+    places = find_layers(model, dict.fromkeys(names, rank))
     return [
         torch.empty(shape, dtype=layers[0].weight.dtype, device="meta")
         for layers, d_in, d_out in places.values()

@@ -23,10 +23,10 @@ from ..methods.sora import sora as sora_phases
 from ..methods.spt import allocate
 from ..methods.spt import spt as spt_phases
 from ..params import head_weights, weights
-from ..scores import squared_gradient, uniform
-from ..select import Selection, select
-from ..select import shuffled as shuffled_selection
-from ..train import Phase, dense, fixed_mask
+from ..scores import random_scores, squared_gradient
+from ..selection import Selection, select
+from ..selection import shuffled as shuffled_selection
+from ..training import Phase, fixed_mask, full_finetuning
 from . import results
 from .tasks import Task
 
@@ -44,7 +44,7 @@ LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
 
 def full(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """Full fine-tuning."""
-    return dense(model, lr=lr, lr_head=LR_HEAD, epochs=config["epochs"])
+    return full_finetuning(model, lr=lr, lr_head=LR_HEAD, epochs=config["epochs"])
 
 
 def unstructured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
@@ -59,7 +59,7 @@ def structured(model: Any, task: Task, config: Config, lr: float) -> Generator[P
 
 def random(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """The control: positions drawn uniformly."""
-    return _fixed(model, select(uniform(model, config["seed"]), config["budget"]), config, lr)
+    return _fixed(model, select(random_scores(model, config["seed"]), config["budget"]), config, lr)
 
 
 def shuffled(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..params import modes_kept
+from ..params import preserve_modes
 
 
 class UpperLayers(nn.Module):
@@ -73,7 +73,7 @@ def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def correct(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """Which texts are answered right, in evaluation mode: bool, on CPU."""
-    with modes_kept(model):
+    with preserve_modes(model):
         model.eval()
         return torch.cat([model(b["hidden"], b["mask"]).argmax(-1) == b["labels"] for b in batches]).cpu()
 

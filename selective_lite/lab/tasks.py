@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..params import modes_kept
+from ..params import preserve_modes
 from .assets import asset
 from .batches import Batches
 
@@ -171,7 +171,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 128) -> dict[str,
     batches = split.batches(batch_size)
     correct = torch.zeros(len(split), dtype=torch.bool)
     total = 0.0
-    with modes_kept(model):
+    with preserve_modes(model):
         model.eval()
         for group, batch in zip(batches.indices(), batches, strict=True):
             output = model(**batch)

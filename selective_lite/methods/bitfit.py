@@ -11,8 +11,8 @@ from collections.abc import Generator, Sequence
 from torch import nn
 
 from ..params import weights
-from ..select import Selection, rule
-from ..train import Phase, fixed_mask
+from ..selection import Selection, select_tensors
+from ..training import Phase, fixed_mask
 
 QUERY_AND_MLP = ("query", "intermediate.dense")  # the paper's variant, as `transformers` names BERT's modules
 
@@ -52,7 +52,7 @@ def biases(model: nn.Module, parts: Sequence[str] | None = None, *, head: Sequen
             if not any(_has(name, part) for name in names):
                 raise ValueError(f"parts={part!r} is in no bias's name; their names are such as {names[:3]}")
         names = [name for name in names if any(_has(name, part) for part in wanted)]
-    return rule(model, lambda name, _: name in names, head)
+    return select_tensors(model, lambda name, _: name in names, head)
 
 
 def _has(name: str, part: str) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..scores import Batch, Loss, exclude, model_loss, squared_gradient
-from ..select import Selection, select
-from ..train import Phase, dense, fixed_mask
+from ..selection import Selection, select
+from ..training import Phase, fixed_mask, full_finetuning
 
 
 def child_tuning_f(
@@ -66,7 +66,7 @@ def child_tuning_f(
                     # (eq-child-f)  g <- g * m / p,  m ~ Bernoulli(p)
                     q.grad.mul_(draw(q.shape, p, generator).to(q.device)).div_(p)
 
-    everything = dense(
+    everything = full_finetuning(
         model, lr=lr, epochs=epochs, lr_head=lr_head, head=head, weight_decay=weight_decay, name="Child-Tuning-F"
     )
     with closing(everything) as phases:

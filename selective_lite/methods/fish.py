@@ -12,8 +12,8 @@ from typing import Literal
 from torch import nn
 
 from ..scores import Batch, Loss, Scores, exclude, expected_squared_gradient, model_loss, squared_gradient
-from ..select import Selection, select
-from ..train import Phase, fixed_mask
+from ..selection import Selection, select
+from ..training import Phase, fixed_mask
 
 Fisher = Literal["empirical", "sampled", "expected"]
 

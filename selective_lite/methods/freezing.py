@@ -8,8 +8,8 @@ from collections.abc import Generator, Sequence
 from torch import nn
 
 from ..params import head_weights, only_trainable, weights
-from ..select import Selection, rule
-from ..train import Group, Phase, head_group
+from ..selection import Selection, select_tensors
+from ..training import Group, Phase, head_group
 
 BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
@@ -52,7 +52,7 @@ def last_layers(model: nn.Module, count: int, head: Sequence[str] | None = None)
     blocks = len({d for name, d in depth.items() if BLOCK.match(name)})
     if not 1 <= count <= blocks:
         raise ValueError(f"count={count} is outside [1, {blocks}], the number of blocks")
-    return rule(model, lambda name, _: depth[name] > blocks - count, head)
+    return select_tensors(model, lambda name, _: depth[name] > blocks - count, head)
 
 
 def layerwise_rates(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..params import resolve_budget, snapshot, weights
 from ..scores import Scores, exclude, movement
-from ..select import Selection, select
-from ..train import Phase, dense, fixed_mask
+from ..selection import Selection, select
+from ..training import Phase, fixed_mask, full_finetuning
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def lt_sft(
     for i in range(iterations):
         start = snapshot(model)
         try:
-            with closing(dense(model, lr=rate_dense, epochs=epochs[0], **common)) as phases:
+            with closing(full_finetuning(model, lr=rate_dense, epochs=epochs[0], **common)) as phases:
                 for phase in phases:
                     phase.groups[0]["params"] = [theta[name] for name in free]
                     if l1:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..masked import masked
+from ..layers.masked import masked
 from ..params import head_weights, weights
 from ..scores import magnitude
-from ..select import Selection, select
-from ..train import Group, Phase, Schedule, cosine_decay, head_group
+from ..selection import Selection, select
+from ..training import Group, Phase, Schedule, cosine_decay, head_group
 
 FEWEST = 100  # as in the authors' code, a matrix with no more selected entries has no nuclear-norm loss
 
@@ -30,7 +30,7 @@ def learning_rate(threshold: float) -> float:
     return 1e-3 * math.exp(-350 * threshold)
 
 
-def below(model: nn.Module, threshold: float, head: Sequence[str] | None = None) -> Selection:
+def smaller_than(model: nn.Module, threshold: float, head: Sequence[str] | None = None) -> Selection:
     """Every weight with |w| < threshold; how many these are depends on the scale of the weights, not on a budget.
 
     Parameters
@@ -112,7 +112,7 @@ def nuclear_norm(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     return _NuclearNorm.apply(values, index, shape[1])
 
 
-class Progressive:
+class SaRASchedule:
     """What happens to a SaRA selection while it is trained: one re-selection, and the nuclear-norm loss.
 
     Attributes
@@ -251,13 +251,13 @@ def sara(
     if budget is not None:
         selection = select(magnitude(model, head), budget, largest=False)
     elif threshold is not None:
-        selection = below(model, threshold, head)
+        selection = smaller_than(model, threshold, head)
     heads = tuple(head_weights(model, head))
     with masked(model, selection, dense=heads, shrinks=reselect is not None) as training:
         if threshold is None:  # just above the k-th
             largest = max(float(values.detach().abs().max()) for values in training.parameters())
             threshold = float(np.nextafter(np.float32(largest), np.float32(np.inf)))
-        state = Progressive(training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed)
+        state = SaRASchedule(training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed)
         rate = learning_rate(threshold) if lr is None else lr
         common: Group = {"weight_decay": weight_decay, "schedule": schedule}
         groups: list[Group] = [{"params": training.parameters(), "lr": rate, **common}]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters import attach, check_places, linear_weights, merge_adapters
-from ..masked import compact_parameters
+from ..layers.masked import compact_parameters
+from ..layers.small import attach, find_layers, linear_weights, merge_adapters
 from ..params import head_weights
-from ..train import Phase, Schedule, constant, head_group
+from ..training import Phase, Schedule, constant, head_group
 
 
 class GatedLowRank(nn.Module):
@@ -98,7 +98,7 @@ class SoRA:
     ) -> None:
         if any(compact_parameters(model)) or any(isinstance(module, GatedLowRank) for module in model.modules()):
             raise ValueError("model is already in masked or SoRA training; leave that first")
-        places = check_places(model, dict.fromkeys(linear_weights(model, targets, head), rank))
+        places = find_layers(model, dict.fromkeys(linear_weights(model, targets, head), rank))
         heads = head_weights(model, head)
         self.model, self.closed = model, False
         self.updates: dict[str, GatedLowRank] = {}

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from .container import DeltaError
 from .describe import describe
+from .file import DeltaError
 
 parser = argparse.ArgumentParser(prog="python -m selective_lite.ship", description="Print what a delta file holds.")
 parser.add_argument("file")

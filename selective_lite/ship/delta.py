@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters import KINDS, adapter_parameters, adapters, add_adapters, check_places, part_shapes, remove_adapters
+from ..layers.small import KINDS, adapter_parameters, adapters, add_adapters, find_layers, part_shapes, remove_adapters
 from ..params import head_weights, weights
-from .container import DeltaError, bits, digest, read, write
-from .gaps import increasing, pack, unpack
+from .file import DeltaError, bits, digest, read, write
+from .positions import increasing, pack, unpack
 
 Encoding = Literal["flat", "gap-lzma"]
 # The oldest version that can hold it: 2 has small modules; in 3 one stream of gaps stands for all positions.
@@ -149,7 +149,7 @@ class Delta:
 
     def _check_places(self, model: nn.Module) -> None:
         try:
-            places = check_places(model, {name: self.metadata["modules"][name]["rank"] for name in self.modules})
+            places = find_layers(model, {name: self.metadata["modules"][name]["rank"] for name in self.modules})
         except ValueError as error:
             raise DeltaError(f"model cannot take this delta's small modules: {error}") from None
         for name, (_, d_in, d_out) in places.items():

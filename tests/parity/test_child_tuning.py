@@ -124,7 +124,7 @@ def moved_under_decay(golden, decay, ours):
         shapes = {"b": (4,), "linear.weight": (3, 4)}
         method = sl.fixed_mask(model, sl.Selection({"linear.weight": index}, shapes), **rate)
     else:
-        method = sl.dense(model, **rate)
+        method = sl.full_finetuning(model, **rate)
         golden = {**golden, "grad_w": golden["grad_w"] * masked}
     train(model, method, golden)
     return float((model.linear.weight.detach() - golden["w0"])[~masked].abs().max())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import selective_lite as sl
-from selective_lite.methods.sara import below, learning_rate, nuclear_norm, sara
+from selective_lite.methods.sara import learning_rate, nuclear_norm, sara, smaller_than
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -41,7 +41,7 @@ def cross_entropy(model, batch):
 
 
 def test_the_mask_is_what_lies_below_the_threshold(golden, facts, model):
-    selection = below(model, float(golden["threshold"]))
+    selection = smaller_than(model, float(golden["threshold"]))
     for name, mask in selection.masks().items():
         assert torch.equal(mask, golden[f"mask0/{name}"])
     assert selection.per_tensor() == facts["masked counts"]
@@ -57,7 +57,7 @@ def test_the_rate_of_a_threshold(golden):
 
 
 def test_the_nuclear_norm_and_its_gradient(golden, model):
-    index = below(model, float(golden["threshold"])).indices["0.weight"]
+    index = smaller_than(model, float(golden["threshold"])).indices["0.weight"]
     values = golden["theta0/0.weight"].reshape(-1)[index].requires_grad_()
     norm = nuclear_norm(values, index, (66, 65))
     torch.testing.assert_close(norm.detach(), golden["nuclear_norm_0.weight"], **TOLERANCE)

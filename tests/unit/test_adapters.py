@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn import functional
 
 import selective_lite as sl
-from selective_lite.adapters import adapter_parameters, attach, charge, check_places, linear_sizes, linear_weights
+from selective_lite.layers.small import (
+    adapter_parameters,
+    adapter_size,
+    attach,
+    find_layers,
+    linear_sizes,
+    linear_weights,
+)
 
 MODELS = ("toy", "bert", "llama", "gpt2")
 KINDS = ("lora", "adapter")
@@ -110,7 +117,7 @@ def test_the_charge_is_the_number_of_weights(kind):
     layer = nn.Linear(5, 7)
     (module,) = sl.add_adapters(layer, "weight", kind=kind, rank=3).values()
     expected = {"lora": 3 * (5 + 7), "adapter": 2 * 3 * 7 + 3 + 7}[kind]
-    assert charge(kind, 5, 7, 3) == sum(p.numel() for p in module.parameters()) == expected
+    assert adapter_size(kind, 5, 7, 3) == sum(p.numel() for p in module.parameters()) == expected
     assert sum(p.numel() for p in adapter_parameters(layer).values()) == expected
 
 
@@ -266,7 +273,7 @@ def test_a_module_of_ones_own_is_attached_and_merges_with_one_rounding(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4) if name == "Linear" else Conv1D(4, 3)).bfloat16()
     weight, keys, module = model[0].weight.detach().clone(), list(model.state_dict()), Product()
-    ((layers, d_in, d_out),) = check_places(model, {"0.weight": 1}).values()
+    ((layers, d_in, d_out),) = find_layers(model, {"0.weight": 1}).values()
     assert (layers, d_in, d_out) == ([model[0]], 3, 4)
     attach(layers, module)
     assert model(torch.randn(2, 3).bfloat16()).dtype == torch.bfloat16

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.methods import calibration as module
-from selective_lite.methods.calibration import Calibration
 from selective_lite.methods.diff_pruning import Relaxed
+from selective_lite.methods.diff_pruning import calibration as module
+from selective_lite.methods.diff_pruning.calibration import Calibration
 
 
 def scattered(model, **options):

@@ -82,7 +82,7 @@ def test_f_with_p_1_is_full_fine_tuning(build, batches):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     sl.fit(one, child_tuning_f(one, p=1.0, weight_decay=0.1, lr_head=0.01, **RATES), batches("bert", 2))
-    sl.fit(other, sl.dense(other, weight_decay=0.1, lr_head=0.01, **RATES), batches("bert", 2))
+    sl.fit(other, sl.full_finetuning(other, weight_decay=0.1, lr_head=0.01, **RATES), batches("bert", 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 

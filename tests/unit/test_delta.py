@@ -13,7 +13,7 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.ship.container import digest
+from selective_lite.ship.file import digest
 
 
 def bits(tensor):

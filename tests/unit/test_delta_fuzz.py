@@ -12,7 +12,7 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.ship.container import digest
+from selective_lite.ship.file import digest
 
 DAMAGED, FORGED = 3500, 1500  # for each of two encodings
 MEMORY = 64  # bytes of Python's and numpy's memory, a byte of the file

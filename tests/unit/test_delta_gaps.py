@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.ship.container import digest, read
-from selective_lite.ship.gaps import FILTERS, increasing, pack, unpack
+from selective_lite.ship.file import digest, read
+from selective_lite.ship.positions import FILTERS, increasing, pack, unpack
 
 
 def drawn(size, count, seed=0):

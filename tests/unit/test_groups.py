@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.methods.groups import by_head, by_layer, by_tensor
+from selective_lite.methods.diff_pruning.groups import by_head, by_layer, by_tensor
 
 
 def spread(groups, model):

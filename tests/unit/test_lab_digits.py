@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from selective_lite.lab import evaluate
-from selective_lite.lab.digits import (
-    Images,
-    digit_classifier,
-    inverted,
-    load_digits,
-    noisy,
-    relabelled,
-    rotated,
-)
+from selective_lite.lab.digits import Images, digit_classifier, inverted, load_digits, noisy, relabelled, rotated
 
 
 @pytest.fixture(scope="module")

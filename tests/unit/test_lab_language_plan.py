@@ -54,7 +54,7 @@ def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
     model = build("llama")
     before = sl.snapshot(model)
     whole = "model.norm.weight"
-    scores = {name: s + (name == whole) for name, s in sl.uniform(model, 0).items()}
+    scores = {name: s + (name == whole) for name, s in sl.random_scores(model, 0).items()}
     selection = sl.select(scores, 60)
     assert len(selection.indices[whole]) == model.get_parameter(whole).numel()
     with torch.no_grad():

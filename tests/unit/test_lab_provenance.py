@@ -5,7 +5,7 @@ import pytest
 from selective_lite.lab import experiments, provenance
 
 FILES = {
-    "train.py": '''"""Train."""
+    "training.py": '''"""Train."""
 
 from .params import rate as _rate
 
@@ -51,7 +51,7 @@ def package(tmp_path, monkeypatch):
         provenance._definitions.cache_clear()
         provenance._imports.cache_clear()
 
-    change("train.py", "", "")
+    change("training.py", "", "")
     return change
 
 
@@ -62,10 +62,10 @@ def digest():
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("train.py", "# one", "# another comment"),
-        ("train.py", '"""One."""', '"""Another docstring,\n    longer."""'),
-        ("train.py", "x + helper(_rate) + WIDTH", "(x +\n  helper(_rate) + WIDTH)"),
-        ("train.py", "def unused(x):\n    return x", "def unused(x):\n    return 2 * x"),
+        ("training.py", "# one", "# another comment"),
+        ("training.py", '"""One."""', '"""Another docstring,\n    longer."""'),
+        ("training.py", "x + helper(_rate) + WIDTH", "(x +\n  helper(_rate) + WIDTH)"),
+        ("training.py", "def unused(x):\n    return x", "def unused(x):\n    return 2 * x"),
         ("params.py", "other = 2", "other = 3"),
         ("lab/results.py", "return x", "return 2 * x"),
     ],
@@ -79,14 +79,14 @@ def test_what_no_number_follows_from_leaves_the_hash(package, file, old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("train.py", "x + helper", "x - helper"),
-        ("train.py", '"""One."""', 'label = """One."""'),
-        ("train.py", "WIDTH = 3", "WIDTH = 4"),
-        ("train.py", "return -x", "return x"),
+        ("training.py", "x + helper", "x - helper"),
+        ("training.py", '"""One."""', 'label = """One."""'),
+        ("training.py", "WIDTH = 3", "WIDTH = 4"),
+        ("training.py", "return -x", "return x"),
         ("params.py", "rate = 0.1", "rate = 0.2"),
         ("methods/one.py", "step(x)", "step(step(x))"),
         ("lab/experiments.py", "write(one(x))", "write(one(one(x)))"),
-        ("train.py", "from .params import rate", "from .params import other"),
+        ("training.py", "from .params import rate", "from .params import other"),
     ],
 )
 def test_what_numbers_follow_from_changes_the_hash(package, file, old, new):
@@ -111,7 +111,7 @@ def test_a_row_follows_from_its_own_method_and_not_from_the_others(monkeypatch):
         return {(file, getattr(node, "name", None)) for file, node in looked_at}
 
     pruned, random = places("unstructured"), places("random")
-    shared = {("train.py", "fit"), ("sampled.py", "_Linear"), ("lab/tasks.py", "Split"), ("select.py", "select")}
+    shared = {("training.py", "fit"), ("layers/sampled.py", "_Linear"), ("lab/tasks.py", "Split"), ("selection.py", "select")}
     assert shared <= pruned & random
     assert ("methods/calibration.py", "Calibration") in pruned - random
-    assert ("scores.py", "uniform") in random - pruned
+    assert ("scores.py", "random_scores") in random - pruned

@@ -15,7 +15,7 @@ def test_masked_adamw_holds_twelve_bytes_and_little_more_for_a_selected_weight(b
     model = build("bert")
     weights = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    selection = sl.select(sl.uniform(model, 0), 0.5)  # many a tensor: a step count of 4 bytes a tensor weighs little
+    selection = sl.select(sl.random_scores(model, 0), 0.5)
     partly = sum(len(i) for n, i in selection.indices.items() if len(i) < model.get_parameter(n).numel())
     with sl.masked(model, selection) as training:
         optimizer = torch.optim.AdamW(training.parameters())
@@ -56,7 +56,7 @@ OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "momentum": pa
 def selected(model):
     """A third of the linear weights and of all vectors, but one matrix whole and two rows of another."""
     linear = sl.linear_weights(model)
-    scores = {name: s for name, s in sl.uniform(model, 0).items() if name in linear or s.dim() == 1}
+    scores = {name: s for name, s in sl.random_scores(model, 0).items() if name in linear or s.dim() == 1}
     selection = sl.select(scores, 0.3)
     whole, rows = (model.get_parameter(name) for name in linear[:2])
     blocks = {linear[0]: torch.arange(whole.numel()), linear[1]: torch.arange(rows[:2].numel())}
@@ -160,7 +160,7 @@ def test_selecting_in_matrices_keeps_what_training_these_whole_keeps_and_no_more
 ):
     model, (batch,) = build(kind), batches(kind, 1)
     full, names, head = sl.activation_bytes(model, batch), sl.linear_weights(model), sl.head_weights(model)
-    scores = {name: score for name, score in sl.uniform(model, 0).items() if name in names}
+    scores = {name: score for name, score in sl.random_scores(model, 0).items() if name in names}
     with sl.masked(model, sl.select(scores, 0.3), tuple(head)):
         found = sl.activation_bytes(model, batch)
     for name, p in model.named_parameters():

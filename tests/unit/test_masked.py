@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
-from selective_lite.masked import obstacle
-from selective_lite.sampled import by_feature, footprint, gather, sampled_product
+from selective_lite.layers.masked import why_not_partly
+from selective_lite.layers.sampled import by_feature, columns_as_rows, footprint, sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
 
@@ -176,7 +176,7 @@ def test_compact_training_is_dense_masked_training_step_for_step(build, batches,
 def test_identical_float32_gradients_give_identical_weights(device, optimizer):
     # 1,000 and 37 entries: the vectorised part of an optimizer's kernel and the part behind it.
     model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 20)).to(device)
-    selection = sl.select(sl.uniform(model, 0), 1037)
+    selection = sl.select(sl.random_scores(model, 0), 1037)
     dense = DenseMasked(copy.deepcopy(model), selection, OPTIMIZERS[optimizer])
     with sl.masked(model, selection) as training:
         compact = OPTIMIZERS[optimizer](training.parameters())
@@ -407,7 +407,7 @@ def test_a_module_may_be_called_twice_before_the_backward(build, batches, pick):
 
 def entries(left, right, index, rows, columns):
     """A sampled product with a footprint, or with none."""
-    sides = gather(left, rows), gather(right, columns)
+    sides = columns_as_rows(left, rows), columns_as_rows(right, columns)
     return sampled_product(*sides, index, left.shape[1], right.shape[1], rows, columns)
 
 
@@ -474,10 +474,10 @@ class Counted(TorchDispatchMode):
 def test_columns_become_contiguous_rows(tokens):
     operand = torch.randn(tokens, 5)
     few = torch.tensor([0, 2])
-    for found, expected in ((by_feature(operand), operand.t()), (gather(operand, few), operand[:, few].t())):
+    for found, expected in ((by_feature(operand), operand.t()), (columns_as_rows(operand, few), operand[:, few].t())):
         assert found.is_contiguous()
         assert torch.equal(found, expected)
-    assert gather(operand, None) is operand
+    assert columns_as_rows(operand, None) is operand
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["float64", "bfloat16"]), st.data())
@@ -640,7 +640,7 @@ def test_masked_training_makes_its_tensors_beside_the_weights():
     model = nn.Sequential(
         nn.Embedding(5, 4, device="cpu"), nn.Linear(4, 3, device="cpu"), nn.LayerNorm(3, device="cpu")
     )
-    selection = sl.select(sl.uniform(model, 0), 12)
+    selection = sl.select(sl.random_scores(model, 0), 12)
     ids = torch.tensor([[0, 3], [1, 3]], device="cpu")
     with sl.masked(model, selection) as training:
         model(ids).square().sum().backward()
@@ -665,7 +665,7 @@ def test_masked_training_makes_its_tensors_beside_the_weights():
     ],
 )
 def test_what_cannot_be_selected_in_part_says_why(module, attribute, reason):
-    found = obstacle(module, attribute)
+    found = why_not_partly(module, attribute)
     assert (found is None) if reason is None else found.startswith(reason)
     selection = sl.Selection({attribute: torch.tensor([1])}, {attribute: tuple(getattr(module, attribute).shape)})
     if reason is None:
@@ -772,7 +772,7 @@ def test_shrinking_after_a_step_of_fit(build, batches, pick):
 )
 def test_a_bad_shrink_raises_and_changes_nothing(build, keep, shrinks, message):
     model = build("toy")
-    whole = sl.rule(model, lambda name, p: name.startswith("norm"))
+    whole = sl.select_tensors(model, lambda name, p: name.startswith("norm"))
     training = sl.masked(model, whole, shrinks=shrinks)
     optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=message):

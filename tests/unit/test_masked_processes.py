@@ -30,7 +30,7 @@ model = Tied().double()
 before = sl.snapshot(model)
 ids = torch.randint(0, 11, (4, 8))
 mine = ids[:, rank * 8 // world : (rank + 1) * 8 // world]
-selection = sl.select(sl.uniform(model, 0), 30)
+selection = sl.select(sl.random_scores(model, 0), 30)
 with sl.masked(model, selection) as training:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)

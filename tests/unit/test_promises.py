@@ -16,8 +16,8 @@ from selective_lite.methods.child_tuning import child_tuning_d, child_tuning_f
 from selective_lite.methods.diff_pruning import diff_pruning
 from selective_lite.methods.fish import fish
 from selective_lite.methods.freezing import last_layers, layerwise_rates
+from selective_lite.methods.guarantees import MEANING, PROMISES, table
 from selective_lite.methods.lt_sft import lt_sft
-from selective_lite.methods.promises import MEANING, PROMISES, table
 from selective_lite.methods.sara import sara
 from selective_lite.methods.sora import SoRA, sora
 from selective_lite.methods.spt import allocate, spt
@@ -34,7 +34,7 @@ BUDGET, ALPHA, BETA = 200, 10.0, 5.0  # of SPT: enough for some modules
 
 
 def fixed_mask(model, data, kind):
-    scores = sl.exclude(sl.uniform(model, 0), FROZEN.get(kind, ()))
+    scores = sl.exclude(sl.random_scores(model, 0), FROZEN.get(kind, ()))
     return sl.fixed_mask(model, sl.random_nonzero(scores, K, seed=1), lr=LR, epochs=EPOCHS, weight_decay=0.1)
 
 
@@ -51,7 +51,7 @@ def spend(model, data):
 
 # A row a method: how the tests call it.
 METHODS = {
-    "dense": lambda model, data, kind: sl.dense(model, lr=LR, epochs=EPOCHS),
+    "full_finetuning": lambda model, data, kind: sl.full_finetuning(model, lr=LR, epochs=EPOCHS),
     "layerwise_rates": lambda model, data, kind: layerwise_rates(model, lr=LR, decay=0.5, epochs=EPOCHS),
     "last_layers": lambda model, data, kind: sl.fixed_mask(model, last_layers(model, 1), lr=LR, epochs=EPOCHS),
     "fixed_mask": fixed_mask,
@@ -127,7 +127,7 @@ def outside_phase(name, model, data, head):
     if name == "sara":  # re-selected
         return sl.select(sl.magnitude(model, head), K, largest=False)
     if name == "sora":
-        return sl.rule(model, lambda n, p: n.removesuffix(".weight") in targets(model))
+        return sl.select_tensors(model, lambda n, p: n.removesuffix(".weight") in targets(model))
     if name == "spt":  # single weights are in its phase's selection, whole vectors are not
         _, spent = spend(model, data)
         whole = {n: torch.arange(model.get_parameter(n).numel()) for n in spent.whole}

@@ -8,7 +8,7 @@ from torch import nn
 
 import selective_lite as sl
 from selective_lite.methods import sara as module
-from selective_lite.methods.sara import Progressive, below, learning_rate, nuclear_norm, sara
+from selective_lite.methods.sara import SaRASchedule, learning_rate, nuclear_norm, sara, smaller_than
 
 KINDS = ("toy", "bert", "llama")
 
@@ -38,7 +38,7 @@ def caught(method):
 @pytest.mark.parametrize("kind", KINDS)
 def test_below_selects_every_small_weight_and_no_other(build, kind):
     model = build(kind)
-    masks = below(model, 0.01).masks()
+    masks = smaller_than(model, 0.01).masks()
     assert list(masks) == list(sl.weights(model))
     for name, p in sl.weights(model).items():
         assert torch.equal(masks[name], p.detach().abs() < 0.01)
@@ -47,7 +47,7 @@ def test_below_selects_every_small_weight_and_no_other(build, kind):
 def test_the_bound_itself_is_not_below_it():
     model = nn.Linear(3, 1, bias=False)
     model.weight.data = torch.tensor([[0.25, -0.5, 0.5]])
-    assert below(model, 0.5).indices["weight"].tolist() == [0]
+    assert smaller_than(model, 0.5).indices["weight"].tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def quiet(model, batch):
 
 def test_weight_decay_pulls_selected_weights_to_zero(build, batches):
     model = build("toy")
-    before, masks = sl.snapshot(model), below(model, 0.1).masks()
+    before, masks = sl.snapshot(model), smaller_than(model, 0.1).masks()
     method = sara(model, threshold=0.1, epochs=2, lr=0.1, lam=0.0, schedule=sl.constant, reselect=None)
     sl.fit(model, method, batches("toy", 3), loss=quiet)
     for name, mask in masks.items():
@@ -293,20 +293,20 @@ def test_a_matrix_of_zeros_gets_no_gradient():
 
 def test_the_penalty_is_lambda_times_the_norm_of_each_large_matrix_in_turn(build):
     model = build("bert")
-    selection = below(model, 0.02)
+    selection = smaller_than(model, 0.02)
     expected, masks = {}, selection.masks()
     for name in selection.indices:
         matrix = model.get_parameter(name).detach() * masks[name]
         if matrix.dim() == 2 and min(matrix.shape) > 11:
             expected[name] = 0.5 * float(torch.linalg.svdvals(matrix).sum()) * (int(masks[name].sum()) > module.FEWEST)
     with sl.masked(model, selection, shrinks=True) as training:
-        state = Progressive(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
+        state = SaRASchedule(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
         assert "bert.embeddings.word_embeddings.weight" in expected
         assert "bert.embeddings.token_type_embeddings.weight" not in expected
         drawn = [state.penalty().item() for _ in range(200)]
-        again = Progressive(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
+        again = SaRASchedule(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
         assert [again.penalty().item() for _ in range(20)] == drawn[:20]
-        other = Progressive(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=4)
+        other = SaRASchedule(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=4)
         assert [other.penalty().item() for _ in range(20)] != drawn[:20]
         for value in expected.values():
             assert any(found == pytest.approx(value, rel=1e-4) for found in drawn)
@@ -319,7 +319,7 @@ def test_the_nuclear_norm_shrinks_under_its_loss_and_is_in_the_records(build, ba
     norms = {}
     for lam in (0.0, 0.5):
         model = build("bert")
-        masks = below(model, 0.03).masks()
+        masks = smaller_than(model, 0.03).masks()
         method = sara(model, threshold=0.03, epochs=4, lr=1e-3, lam=lam, min_side=11, reselect=0.5)
         records = sl.fit(model, method, batches("bert", 10))
         matrices = [p.detach() * masks[name] for name, p in sl.weights(model).items() if min(p.shape) > 11]

@@ -304,11 +304,11 @@ def test_movement_from_another_model_raises(build, change, message):
 def test_uniform_is_a_function_of_its_seed_and_never_zero(build):
     model = build("toy")
     state = torch.get_rng_state()
-    scores = sl.uniform(model, 0)
+    scores = sl.random_scores(model, 0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(0 < float(score.min()) <= float(score.max()) <= 1 for score in scores.values())
-    assert torch.equal(scores["first.weight"], sl.uniform(copy.deepcopy(model).half(), 0)["first.weight"])
-    assert not torch.equal(scores["first.weight"], sl.uniform(model, 1)["first.weight"])
+    assert torch.equal(scores["first.weight"], sl.random_scores(copy.deepcopy(model).half(), 0)["first.weight"])
+    assert not torch.equal(scores["first.weight"], sl.random_scores(model, 1)["first.weight"])
 
 
 def test_an_unused_parameter_scores_zero(build, batches):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
 
-select_module = sys.modules["selective_lite.select"]  # `sl.select` is the function
+select_module = sys.modules["selective_lite.selection"]  # `sl.select` is the function
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -293,7 +293,7 @@ def test_shuffled_keeps_the_count_of_every_tensor_and_moves_the_entries(seed):
 
 def test_a_rule_selects_whole_tensors_and_sizes_itself(build):
     model = build("toy")
-    biases = sl.rule(model, lambda name, _: name.endswith("bias"))
+    biases = sl.select_tensors(model, lambda name, _: name.endswith("bias"))
     assert biases.per_tensor() == {
         "embedding.weight": 0,
         "first.weight": 0,
@@ -303,7 +303,7 @@ def test_a_rule_selects_whole_tensors_and_sizes_itself(build):
         "second.weight": 0,
     }
     with pytest.raises(ValueError, match="predicate holds for no candidate tensor"):
-        sl.rule(model, lambda name, _: False)
+        sl.select_tensors(model, lambda name, _: False)
 
 
 @pytest.mark.usefixtures("meta_default")
@@ -320,5 +320,5 @@ def test_selecting_makes_its_tensors_on_the_cpu_whatever_the_default_device():
     assert sl.random_nonzero(scores, 10, 0).count == 10
     assert selection.overlap(selection) == 1
     model = nn.Linear(3, 2, device="cpu")
-    assert sl.rule(model, lambda name, _: name == "bias").indices["bias"].tolist() == [0, 1]
-    assert sl.select(sl.uniform(model, 0), 3).count == 3
+    assert sl.select_tensors(model, lambda name, _: name == "bias").indices["bias"].tolist() == [0, 1]
+    assert sl.select(sl.random_scores(model, 0), 3).count == 3

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.adapters import adapter_parameters, linear_sizes
+from selective_lite.layers.small import adapter_parameters, linear_sizes
 from selective_lite.methods.spt import allocate, spt
-from selective_lite.methods.sweep import crossing, tau_for
+from selective_lite.methods.spt.sweep import crossing, tau_for
 
 MODELS = ("toy", "bert", "llama", "gpt2", "vit")
 
@@ -106,7 +106,7 @@ def test_the_sweep_goes_on_over_the_chunks_of_a_tensor(monkeypatch):
     scores = {n: torch.randint(1, 9, (size,), generator=generator).float() for n, size in (("a", 50), ("b", 23))}
     charge = _charge({"a": (20, 33), "b": (9, 12)})
     every = charges_at_every_tau(scores, charge)
-    monkeypatch.setattr(sys.modules["selective_lite.select"], "CHUNK", 7)
+    monkeypatch.setattr(sys.modules["selective_lite.selection"], "CHUNK", 7)
     for k in range(1, every[-1] + 1):
         assert crossing(scores, charge, k) == next(tau for tau, spent in enumerate(every) if spent >= k)
 
@@ -268,7 +268,7 @@ def test_two_layers_that_share_a_weight_get_no_module():
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
 def test_a_table_that_masked_training_refuses_takes_no_part(option):
     model = nn.Sequential(nn.Embedding(9, 6, **option), nn.Linear(6, 6))
-    found = allocate(model, sl.uniform(model, 0), 18, rank=1)
+    found = allocate(model, sl.random_scores(model, 0), 18, rank=1)
     assert found.left_out == ("0.weight",)
     next(spt(model, found, lr=0.1, epochs=1))
 
@@ -309,7 +309,7 @@ def test_scores_of_any_dtype_give_the_same_and_the_model_is_not_touched(build, s
 @pytest.mark.usefixtures("meta_default")
 def test_an_allocation_makes_its_tensors_on_the_cpu():
     model = nn.Sequential(nn.Linear(6, 5, device="cpu"), nn.LayerNorm(5, device="cpu"))
-    found = allocate(model, sl.uniform(model, 0), 15, rank=1, alpha=1, beta=1)
+    found = allocate(model, sl.random_scores(model, 0), 15, rank=1, alpha=1, beta=1)
     assert found.charged > 0
     (phase,) = spt(model, found, lr=0.1, epochs=1)
     assert {p.device.type for group in phase.groups for p in group["params"]} == {"cpu"}

@@ -22,7 +22,7 @@ config = BertConfig(vocab_size=53, hidden_size=12, num_hidden_layers=2, num_atte
 model = BertForSequenceClassification(config).double()
 ids, labels = torch.randint(1, 53, (16, 7)), torch.randint(0, 3, (16,))
 examples = [{"input_ids": i, "labels": l} for i, l in zip(ids, labels)]
-before, selection = sl.snapshot(model), sl.select(sl.uniform(model, 0), 200)
+before, selection = sl.snapshot(model), sl.select(sl.random_scores(model, 0), 200)
 
 class Wire(TorchDispatchMode):
     """Every tensor that a collective operation takes, by the operation's name."""

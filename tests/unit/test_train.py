@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_raises_and_its_step_is_not_applied(build, bat
     "method",
     [
         lambda model, selection: sl.fixed_mask(model, selection, lr=1e-3, epochs=2),
-        lambda model, selection: sl.dense(model, lr=1e-3, epochs=2),
+        lambda model, selection: sl.full_finetuning(model, lr=1e-3, epochs=2),
     ],
     ids=["fixed_mask", "dense"],
 )
@@ -282,10 +282,10 @@ def test_dense_trains_everything_and_puts_the_flags_back(build, batches):
     model, data = build("toy"), batches("toy", 4)
     model.first.weight.requires_grad_(False)
     before = sl.snapshot(model)
-    run(model, sl.dense(model, lr=1e-2, lr_head=1e-3, epochs=1), data)
+    run(model, sl.full_finetuning(model, lr=1e-2, lr_head=1e-3, epochs=1), data)
     assert all((p != before[name]).any() for name, p in model.named_parameters())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
-    (made,) = sl.dense(model, lr=1e-2, lr_head=1e-3, epochs=1)
+    (made,) = sl.full_finetuning(model, lr=1e-2, lr_head=1e-3, epochs=1)
     assert [group["lr"] for group in made.groups] == [1e-2, 1e-3]
     assert [id(p) for p in made.groups[1]["params"]] == [id(p) for p in model.classifier.parameters()]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masked import SUFFIX, compact_parameters, gathered
-from .params import check_names, check_prefixes, modes_kept, owners, starts_with
+from .layers.masked import SUFFIX, compact_parameters, footprint_of
+from .params import check_names, check_prefixes, is_under, owners, preserve_modes
 from .scores import Loss, model_loss
-from .select import Selection
+from .selection import Selection
 
 
 def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
@@ -87,14 +87,14 @@ def predicted_ledger(
     prefixes = check_prefixes(dense, named, "dense")
     check_names(indices, named, "selection")
     for name in indices:
-        if shapes[name] != (shape := tuple(named[name].shape)) or starts_with(name, prefixes):
+        if shapes[name] != (shape := tuple(named[name].shape)) or is_under(name, prefixes):
             raise ValueError(f"selection[{name!r}] is for shape {shapes[name]}, not {shape}, or dense names it too")
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
     places = owners(model)
-    parts = [gathered(index, named[name], places[name]) for name, index in partly.items()]
+    parts = [footprint_of(index, named[name], places[name]) for name, index in partly.items()]
     precise = {name: torch.promote_types(named[name].dtype, torch.float32) for name in partly}
     added = [*beside, *(torch.empty(len(partly[name]), dtype=precise[name], device="meta") for name in partly)]
-    whole = {name for name in named if starts_with(name, prefixes)} | (indices.keys() - partly.keys())
+    whole = {name for name in named if is_under(name, prefixes)} | (indices.keys() - partly.keys())
     if not added and not whole:
         whole = {name for name, p in named.items() if p.is_floating_point()}
     trained = [nn.Parameter(torch.empty_like(t, device="meta")) for t in (*added, *(named[name] for name in whole))]
@@ -129,7 +129,7 @@ def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> i
     """
     kept: dict[int, Tensor] = {}
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t)
-    with modes_kept(model), torch.enable_grad(), hooks:
+    with preserve_modes(model), torch.enable_grad(), hooks:
         model.train()
         loss(model, batch)
     own = [*model.parameters(), *model.buffers(), *(batch.values() if isinstance(batch, Mapping) else batch)]

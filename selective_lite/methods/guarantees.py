@@ -20,7 +20,7 @@ _RULE: tuple[Promise, ...] = ("rule-sized", "rest bit-identical", "sparse")
 
 # A row a method, by the name of its function; a method that trains every weight promises nothing.
 PROMISES: dict[str, tuple[Promise, ...]] = {
-    "dense": (),
+    "full_finetuning": (),
     "layerwise_rates": (),
     "child_tuning_f": (),
     "last_layers": ("rule-sized", "rest bit-identical"),  # half of a model is no sparse delta

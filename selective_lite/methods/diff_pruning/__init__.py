@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..gates import Stretch, check_stretch, deterministic_gate, hard_concrete, open_probability
-from ..params import head_weights, resolve_budget, weights
-from ..select import Selection, select
-from ..train import Phase, constant, fixed_mask
+from ...gates import Stretch, check_stretch, deterministic_gate, hard_concrete, open_probability
+from ...params import head_weights, resolve_budget, weights
+from ...selection import Selection, select
+from ...training import Phase, constant, fixed_mask
 from .calibration import Calibration
 from .groups import GROUPINGS, Grouping
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .params import check_names, check_prefixes, owners, starts_with
+from ..params import check_names, check_prefixes, is_under, owners
+from ..selection import Selection
 from .sampled import embedding, footprint, linear, scatter
-from .select import Selection
 
 SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
 INDEX = ("_index", "_rows", "_columns")  # behind it, buffers: flat positions, and the footprint of a sampled product
@@ -63,7 +63,7 @@ class masked:
         named = dict(model.named_parameters())
         places = owners(model)
         prefixes = check_prefixes(dense, named, "dense")
-        dense_names = [name for name in named if starts_with(name, prefixes)]
+        dense_names = [name for name in named if is_under(name, prefixes)]
         check_names(selection.indices, named, "selection")
         whole = {name for name, i in selection.indices.items() if len(i) == named[name].numel() and not shrinks}
         for name in selection.indices:
@@ -85,7 +85,7 @@ class masked:
                 self._compact[name] = named[name]
                 continue
             index = positions.to(named[name].device)
-            parts = (None, None) if shrinks else gathered(index, named[name], places[name])
+            parts = (None, None) if shrinks else footprint_of(index, named[name], places[name])
             values = named[name].detach().reshape(-1)[index]
             self._compact[name] = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)))
             self._places[name] = places[name]
@@ -176,12 +176,12 @@ def _check(
     for module, attribute in places:
         if "forward" in vars(module):
             raise ValueError(f"selection[{name!r}]: its module's forward was replaced (a hook?); remove that first")
-        reason = obstacle(module, attribute)
+        reason = why_not_partly(module, attribute)
         if reason is not None:
             raise ValueError(f"selection[{name!r}] {reason}")
 
 
-def obstacle(module: nn.Module, attribute: str) -> str | None:
+def why_not_partly(module: nn.Module, attribute: str) -> str | None:
     """Why a part of this module's tensor cannot be selected, in words that follow its name; None where it can."""
     tensor = module._parameters[attribute]
     if tensor is not None and tensor.dim() > 1 and not (attribute == "weight" and _product(type(module)) is not None):
@@ -193,7 +193,7 @@ def obstacle(module: nn.Module, attribute: str) -> str | None:
     return f"is an embedding with {refused[0]}; unset it" if refused else None
 
 
-def gathered(
+def footprint_of(
     index: Tensor, parameter: Tensor, places: Sequence[tuple[nn.Module, str]]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The footprint of a matrix's positions, where one of the modules that it belongs to makes a sampled product."""

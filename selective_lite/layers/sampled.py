@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK = 128  # tokens transposed together
-FEW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
+GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
 
 class _Scatter(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _Linear(torch.autograd.Function):
         ctx.transposed, ctx.has_bias, ctx.x_dtype = transposed, bias is not None, x.dtype
         # Of the input only what the gradient will read; under autocast in the compute dtype, as the dense product
         # would keep it. Saving `values` lets autograd see an optimizer step between forward and backward.
-        kept = gather(x.reshape(-1, x.shape[-1]), rows if transposed else columns)
+        kept = columns_as_rows(x.reshape(-1, x.shape[-1]), rows if transposed else columns)
         ctx.save_for_backward(kept if kept.dtype == y.dtype else kept.to(y.dtype), weight, values, index, rows, columns)
         return y
 
@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
             grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
         grad = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[2]:
-            outer = gather(grad, columns if ctx.transposed else rows)
+            outer = columns_as_rows(grad, columns if ctx.transposed else rows)
             left, right = (kept, outer) if ctx.transposed else (outer, kept)
             product = product_operation if torch.compiler.is_compiling() else sampled_product
             height, width = weight.shape
@@ -200,10 +200,10 @@ def footprint(index: Tensor, height: int, width: int) -> tuple[Tensor | None, Te
     rows, columns = index.div(width, rounding_mode="floor").unique(), (index % width).unique()
     if len(index) == len(rows) * len(columns) and (len(rows) == height or len(columns) == width):
         return rows, columns
-    return rows if len(rows) < FEW * height else None, columns if len(columns) < FEW * width else None
+    return rows if len(rows) < GATHER_BELOW * height else None, columns if len(columns) < GATHER_BELOW * width else None
 
 
-def gather(operand: Tensor, features: Tensor | None) -> Tensor:
+def columns_as_rows(operand: Tensor, features: Tensor | None) -> Tensor:
     """Some features of (T, D) as (features, T), contiguous; the operand as it is for None."""
     return operand if features is None else operand.t()[features]
 

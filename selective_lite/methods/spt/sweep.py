@@ -16,7 +16,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ..select import select, sort_keys
+from ...selection import select, sort_keys
 
 BUCKETS = 1 << 16
 Charge = Callable[[str, Tensor], Tensor]  # (tensor's name, counts of its sensitive weights) -> what they cost

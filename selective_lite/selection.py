@@ -227,7 +227,7 @@ def shuffled(selection: Selection, seed: int) -> Selection:
     return Selection(indices, dict(selection.shapes))
 
 
-def rule(
+def select_tensors(
     model: nn.Module, predicate: Callable[[str, nn.Parameter], bool], head: Sequence[str] | None = None
 ) -> Selection:
     """Every weight of every candidate tensor for which `predicate(name, parameter)` holds; a rule sizes itself.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .container import bits
 from .delta import Delta, assemble
+from .file import bits
 
 
 def combine(base: nn.Module, deltas: Sequence[Delta], weights: Sequence[float], *, head: int | None = None) -> Delta:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..params import check_names, owners, weights
 from .masked import SUFFIX
-from .params import check_names, owners, weights
 
 Kind = Literal["lora", "adapter"]
 KINDS = ("lora", "adapter")
@@ -39,7 +39,7 @@ def part_shapes(kind: Kind, d_in: int, d_out: int, rank: int) -> dict[str, tuple
     return {"down": (rank, d_out), "down_bias": (rank,), "up": (d_out, rank), "up_bias": (d_out,)}
 
 
-def charge(kind: Kind, d_in: int, d_out: int, rank: int) -> int:
+def adapter_size(kind: Kind, d_in: int, d_out: int, rank: int) -> int:
     """How many weights a small module trains: r (d_in + d_out) for LoRA, 2 r d_out + r + d_out for an Adapter."""
     return sum(prod(shape) for shape in part_shapes(kind, d_in, d_out, rank).values())
 
@@ -158,7 +158,7 @@ def linear_weights(
     return [name for name in layers if layers[name] & chosen]
 
 
-def check_places(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[list[Any], int, int]]:
+def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[list[Any], int, int]]:
     """Where small modules of these ranks can go, ``{weight name: (layers, d_in, d_out)}``; raises as `add_adapters`."""
     places = owners(model)
     check_names(ranks, places, "names")
@@ -217,7 +217,7 @@ def add_adapters(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
-    places = check_places(model, dict.fromkeys((names,) if isinstance(names, str) else names, rank))
+    places = find_layers(model, dict.fromkeys((names,) if isinstance(names, str) else names, rank))
     generator = torch.Generator().manual_seed(seed)
     make = LoRA if kind == "lora" else Adapter
     return {

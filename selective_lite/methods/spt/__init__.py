@@ -16,21 +16,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters import (
+from ...layers.masked import masked, why_not_partly
+from ...layers.small import (
     Kind,
     adapter_parameters,
+    adapter_size,
     add_adapters,
-    charge,
-    check_places,
+    find_layers,
     linear_sizes,
     merge_adapters,
     remove_adapters,
 )
-from ..masked import masked, obstacle
-from ..params import check_names, check_prefixes, head_weights, owners, resolve_budget, starts_with, weights
-from ..scores import check_scores
-from ..select import Selection, select
-from ..train import Group, Phase
+from ...params import check_names, check_prefixes, head_weights, is_under, owners, resolve_budget, weights
+from ...scores import check_scores
+from ...selection import Selection, select
+from ...training import Group, Phase
 from .sweep import tau_for
 
 
@@ -163,8 +163,8 @@ def _prices(
     places, prices = owners(model), {}
     # A linear layer's weight may get a small module, if it is not tied to another.
     linear = [n for n, s in used.items() if s.dim() == 2 and len(places[n]) == 1 and linear_sizes(places[n][0][0])]
-    for name, (_, d_in, d_out) in check_places(model, dict.fromkeys(linear, rank)).items():
-        price = charge(kind, d_in, d_out, rank)
+    for name, (_, d_in, d_out) in find_layers(model, dict.fromkeys(linear, rank)).items():
+        price = adapter_size(kind, d_in, d_out, rank)
         # (eq-spt-structured)  a matrix gets a small module where its sensitive weights number >= charge / alpha
         prices[name] = math.ceil(price / alpha), price
     for name, score in used.items():
@@ -185,8 +185,8 @@ def _used(
             shape = tuple(candidates[name].shape)
             raise ValueError(f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model")
     places = owners(model)
-    partly = (n for n in scores if all(obstacle(*place) is None for place in places[n]))
-    used = {name: scores[name] for name in partly if not starts_with(name, exclude)}
+    partly = (n for n in scores if all(why_not_partly(*place) is None for place in places[n]))
+    used = {name: scores[name] for name in partly if not is_under(name, exclude)}
     if not used:
         raise ValueError("scores and exclude leave no tensor that can be trained in part")
     check_scores(used)

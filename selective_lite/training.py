@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .masked import masked
-from .params import head_weights, modes_kept, only_trainable
+from .layers.masked import masked
+from .params import head_weights, only_trainable, preserve_modes
 from .scores import Loss, model_loss
-from .select import Selection
+from .selection import Selection
 
 Schedule = Callable[[float], float]
 Group = dict[str, Any]
@@ -125,7 +125,7 @@ def fit(
     records: list[dict[str, Any]] = []
     try:
         for phase in phases:
-            with modes_kept(phase.model or model):
+            with preserve_modes(phase.model or model):
                 for record in _steps(phase, phase.model or model, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
@@ -212,7 +212,7 @@ def fixed_mask(
         yield Phase(name, groups, epochs, selection=selection)
 
 
-def dense(
+def full_finetuning(
     model: nn.Module,
     *,
     lr: float,

@@ -58,12 +58,12 @@ class Calibration:
     ) -> None:
         self.gates, self.k, self.lam, self.start_lam = gates, k, lam, lam
         self.slack, self.margin, self.gain, self.memory, self.horizon = slack, margin, gain, memory, horizon
-        self.start = self.log_alpha = self.hanging_log_alpha()
+        self.start = self.log_alpha = self.marginal_log_alpha()
         self.expected, self.progress, self.errors = math.nan, 0.0, 0.0
         self.path: list[dict[str, float]] = []
 
     @torch.no_grad()
-    def hanging_log_alpha(self) -> float:
+    def marginal_log_alpha(self) -> float:
         """The m-th largest log_alpha, a weight's or its group's, whichever is smaller."""
         group, alphas = self.gates.log_alpha_group, list(self.gates.log_alpha)
         if group is not None:
@@ -87,7 +87,7 @@ class Calibration:
 
     def update(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """One step of lambda, after the optimizer's; an error counts as -3 at least and 1.5 at most."""
-        before, self.log_alpha = self.log_alpha, self.hanging_log_alpha()
+        before, self.log_alpha = self.log_alpha, self.marginal_log_alpha()
         target = self.target(progress)
         self.path.append(
             {
