@@ -20,9 +20,20 @@ import selective_lite as sl
 from selective_lite.lab import results
 from selective_lite.ship.delta import Encoding
 
-SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+SIZES = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 CONFIG = {"sizes": SIZES, "budget": 0.005, "warmup": 3, "rounds": 25}
-ROOTS = ["ship/delta.py:Delta", "ship/delta.py:diff", "ship/delta.py:load", "selection.py:select", "scores.py:random_scores"]
+ROOTS = [
+    "ship/delta.py:Delta",
+    "ship/delta.py:diff",
+    "ship/delta.py:load",
+    "selection.py:select",
+    "scores.py:random_scores",
+]
 ENCODINGS: tuple[Encoding, ...] = ("flat", "gap-lzma")
 
 
@@ -42,7 +53,9 @@ def deltas(base: nn.Module, budget: float) -> list[sl.Delta]:
 
 def entropy_bound(total: int, k: int) -> float:
     """Bytes that no code of k positions out of `total` falls below on average: log2 (total choose k) / 8."""
-    return (math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)) / math.log(2) / 8
+    return (
+        (math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)) / math.log(2) / 8
+    )
 
 
 def timed(seconds: dict[str, list[float]], name: str, call: Callable[[], Any]) -> Any:
@@ -78,16 +91,21 @@ def run(config: Mapping[str, Any]) -> results.Row:
         "total": one.metadata["total"],
         "entropy_bound": round(bound),
         "bytes": sizes,
-        "over_bound": {encoding: round(size / (bound + values), 4) for encoding, size in sizes.items()},
+        "over_bound": {
+            encoding: round(size / (bound + values), 4) for encoding, size in sizes.items()
+        },
         "median_seconds": {
-            name: round(statistics.median(taken[config["warmup"] :]), 5) for name, taken in seconds.items()
+            name: round(statistics.median(taken[config["warmup"] :]), 5)
+            for name, taken in seconds.items()
         },
     }
 
 
 if __name__ == "__main__":
     row = results.run_missing("delta", [CONFIG], run, lambda config: ROOTS)[0]
-    print(f"{row['k']:,} of {row['total']:,} weights; entropy of their positions {row['entropy_bound']:,} bytes")
+    print(
+        f"{row['k']:,} of {row['total']:,} weights; entropy of their positions {row['entropy_bound']:,} bytes"
+    )
     for encoding in ENCODINGS:
         print(
             f"{encoding:16} {row['bytes'][encoding]:9,} bytes {row['over_bound'][encoding]:7.3f} x (entropy + values)"

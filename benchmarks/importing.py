@@ -13,7 +13,9 @@ from selective_lite.lab import results
 CONFIG = {"warmup": 2, "rounds": 15}
 ROOTS = ["params.py:weights", "layers/masked.py:masked", "selection.py:select"]
 
-SCRIPT = "import time, torch; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+SCRIPT = (
+    "import time, torch; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+)
 
 
 def run(config: Mapping[str, Any]) -> results.Row:
@@ -22,10 +24,16 @@ def run(config: Mapping[str, Any]) -> results.Row:
     for round_number in range(config["warmup"] + config["rounds"]):
         for name, found in seconds.items():
             command = [sys.executable, "-c", SCRIPT.format(name)]
-            taken = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            taken = float(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            )
             if round_number >= config["warmup"]:
                 found.append(taken)
-    return {"milliseconds": {name: round(1e3 * statistics.median(found), 2) for name, found in seconds.items()}}
+    return {
+        "milliseconds": {
+            name: round(1e3 * statistics.median(found), 2) for name, found in seconds.items()
+        }
+    }
 
 
 if __name__ == "__main__":

@@ -16,13 +16,28 @@ import selective_lite as sl
 from selective_lite.lab import load_classifier, results
 
 CONFIGS = [
-    {"model": "minilm", "batch": 32, "tokens": 32, "budget": budget, "rank": 8, "warmup": 3, "rounds": 25}
+    {
+        "model": "minilm",
+        "batch": 32,
+        "tokens": 32,
+        "budget": budget,
+        "rank": 8,
+        "warmup": 3,
+        "rounds": 25,
+    }
     for budget in (0.0002, 0.005, 0.05)
 ]
-ROOTS = ["layers/masked.py:masked", "selection.py:select", "scores.py:random_scores", "memory.py:ledger"]
+ROOTS = [
+    "layers/masked.py:masked",
+    "selection.py:select",
+    "scores.py:random_scores",
+    "memory.py:ledger",
+]
 
 
-def contenders(config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, torch.optim.Optimizer | None]]:
+def contenders(
+    config: Mapping[str, Any],
+) -> dict[str, tuple[nn.Module, torch.optim.Optimizer | None]]:
     """Each way of training: its own copy of the model, and its optimizer."""
     base, _ = load_classifier(config["model"])
     base.train()
@@ -73,17 +88,21 @@ def run(config: Mapping[str, Any]) -> results.Row:
             if round_number >= config["warmup"]:
                 seconds[name].append(taken)
     forward, median = (
-        {name: statistics.median(pair[part] for pair in pairs) for name, pairs in seconds.items()} for part in (0, 1)
+        {name: statistics.median(pair[part] for pair in pairs) for name, pairs in seconds.items()}
+        for part in (0, 1)
     )
     ours = median["selective_lite"]
     return {
         "forward_seconds": {name: round(value, 4) for name, value in forward.items()},
         "median_seconds": {name: round(value, 4) for name, value in median.items()},
         "ours_over": {name: round(ours / value, 3) for name, value in median.items()},
-        "over_full": {name: round(value / median["full AdamW"], 3) for name, value in median.items()},
+        "over_full": {
+            name: round(value / median["full AdamW"], 3) for name, value in median.items()
+        },
         "bytes": {name: held(model, optimizer, batch) for name, (model, optimizer) in ways.items()},
         "trainable": {
-            name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, (model, _) in ways.items()
+            name: sum(p.numel() for p in model.parameters() if p.requires_grad)
+            for name, (model, _) in ways.items()
         },
     }
 
@@ -91,7 +110,9 @@ def run(config: Mapping[str, Any]) -> results.Row:
 if __name__ == "__main__":
     for row in results.run_missing("masked_step", CONFIGS, run, lambda config: ROOTS):
         print(f"budget {row['config']['budget']:.2%}, on {row['device']}")
-        print(f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}")
+        print(
+            f"{'':20} {'seconds':>8} {'ours / it':>9} {'it / full':>9} {'gradients':>10} {'optimizer':>10}"
+        )
         for way, median_seconds in row["median_seconds"].items():
             counted = row["bytes"][way]
             print(

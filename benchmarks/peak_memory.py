@@ -13,10 +13,23 @@ import selective_lite as sl
 from selective_lite.lab import load_language_model, results
 
 CONFIGS = [
-    {"way": way, "model": "smollm2", "batch": 4, "tokens": 64, "budget": 0.005, "rank": 8, "steps": 3}
+    {
+        "way": way,
+        "model": "smollm2",
+        "batch": 4,
+        "tokens": 64,
+        "budget": 0.005,
+        "rank": 8,
+        "steps": 3,
+    }
     for way in ("full AdamW", "peft SHiRA", "peft LoRA", "selective_lite", "floor")
 ]
-ROOTS = ["layers/masked.py:masked", "selection.py:select", "scores.py:random_scores", "memory.py:ledger"]
+ROOTS = [
+    "layers/masked.py:masked",
+    "selection.py:select",
+    "scores.py:random_scores",
+    "memory.py:ledger",
+]
 
 
 def measure(config: Mapping[str, Any]) -> results.Row:
@@ -24,10 +37,14 @@ def measure(config: Mapping[str, Any]) -> results.Row:
     torch.manual_seed(0)
     model, _ = load_language_model(config["model"])
     place = next(model.parameters()).device
-    ids = torch.randint(0, model.config.vocab_size, (config["batch"], config["tokens"]), device=place)
+    ids = torch.randint(
+        0, model.config.vocab_size, (config["batch"], config["tokens"]), device=place
+    )
     loaded = resident()
     forget_peak()
-    model, optimizer = trained(config["way"], model.train(), budget=config["budget"], rank=config["rank"])
+    model, optimizer = trained(
+        config["way"], model.train(), budget=config["budget"], rank=config["rank"]
+    )
     for _ in range(config["steps"]):
         model(input_ids=ids, labels=ids).loss.backward()
         if optimizer is not None:
@@ -36,7 +53,10 @@ def measure(config: Mapping[str, Any]) -> results.Row:
     over = peak() - loaded
     model(input_ids=ids, labels=ids).loss.backward()
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trained": count, "bytes": {"loaded": loaded, "peak over it": over, **sl.ledger(model, optimizer)}}
+    return {
+        "trained": count,
+        "bytes": {"loaded": loaded, "peak over it": over, **sl.ledger(model, optimizer)},
+    }
 
 
 def run(config: Mapping[str, Any]) -> results.Row:
@@ -47,7 +67,13 @@ def run(config: Mapping[str, Any]) -> results.Row:
 if __name__ == "__main__":
     rows = results.run_missing("peak_memory", CONFIGS, run, lambda config: ROOTS)
     print(f"on {rows[0]['device']}, MiB")
-    print(f"{'':16} {'trained':>12} {'peak over the model':>20} {'gradients':>10} {'optimizer':>10}")
+    print(
+        f"{'':16} {'trained':>12} {'peak over the model':>20} {'gradients':>10} {'optimizer':>10}"
+    )
     for row in rows:
-        over, gradients, state = (row["bytes"][kind] / 2**20 for kind in ("peak over it", "gradients", "optimizer"))
-        print(f"{row['config']['way']:16} {row['trained']:12,} {over:20,.0f} {gradients:10,.1f} {state:10,.1f}")
+        over, gradients, state = (
+            row["bytes"][kind] / 2**20 for kind in ("peak over it", "gradients", "optimizer")
+        )
+        print(
+            f"{row['config']['way']:16} {row['trained']:12,} {over:20,.0f} {gradients:10,.1f} {state:10,.1f}"
+        )

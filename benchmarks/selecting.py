@@ -46,7 +46,9 @@ class Drawn(Mapping[str, Tensor]):
 
 def measure(config: Mapping[str, Any]) -> results.Row:
     """Select once: seconds with and without the making of scores, and bytes beside the result and one tensor."""
-    sl.select(Drawn(10**5, 2, config["seed"]), config["budget"])  # the first call brings code into memory
+    sl.select(
+        Drawn(10**5, 2, config["seed"]), config["budget"]
+    )  # the first call brings code into memory
     scores = Drawn(config["scores"], config["tensors"], config["seed"])
     before, start = resident(), time.perf_counter()
     selection = sl.select(scores, config["budget"])

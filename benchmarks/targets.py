@@ -13,11 +13,24 @@ def masked_step() -> Iterator[Line]:
     """A step of MiniLM against forward and input gradients alone (the floor), and against LoRA."""
     for row in results.read("masked_step"):
         ours, forward = row["bytes"]["selective_lite"], row["forward_seconds"]
-        budget, trained = f"masked step, {row['config']['budget']:.2%}", row["trainable"]["selective_lite"]
+        budget, trained = (
+            f"masked step, {row['config']['budget']:.2%}",
+            row["trainable"]["selective_lite"],
+        )
         yield f"{budget}: seconds over the floor's", row["ours_over"]["floor"], 1.10, ""
         yield f"{budget}: seconds over LoRA's", row["ours_over"]["peft LoRA"], 0.80, ""
-        yield f"{budget}: forward over the floor's", forward["selective_lite"] / forward["floor"], 1.05, ""
-        yield f"{budget}: gradient and state", (ours["gradients"] + ours["optimizer"]) / trained, 13, "bytes a weight"
+        yield (
+            f"{budget}: forward over the floor's",
+            forward["selective_lite"] / forward["floor"],
+            1.05,
+            "",
+        )
+        yield (
+            f"{budget}: gradient and state",
+            (ours["gradients"] + ours["optimizer"]) / trained,
+            13,
+            "bytes a weight",
+        )
 
 
 def delta() -> Iterator[Line]:
@@ -30,10 +43,17 @@ def delta() -> Iterator[Line]:
 
 def peak_memory() -> Iterator[Line]:
     """Peak memory of a step of SmolLM2-135M over the loaded model, against that of other ways, in fresh processes."""
-    peaks = {row["config"]["way"]: row["bytes"]["peak over it"] for row in results.read("peak_memory")}
+    peaks = {
+        row["config"]["way"]: row["bytes"]["peak over it"] for row in results.read("peak_memory")
+    }
     for way in ("peft LoRA", "peft SHiRA"):
         if peaks:
-            yield f"peak of a step, over {way}'s r=8", peaks["selective_lite"] / peaks[way], 1.00, ""
+            yield (
+                f"peak of a step, over {way}'s r=8",
+                peaks["selective_lite"] / peaks[way],
+                1.00,
+                "",
+            )
 
 
 def selecting() -> Iterator[Line]:
@@ -41,7 +61,9 @@ def selecting() -> Iterator[Line]:
     rows = results.read("selecting")
     for row in rows:
         scores, budget = row["config"]["scores"], row["config"]["budget"]
-        (small,) = (r for r in rows if r["config"]["budget"] == budget and r["config"]["scores"] == 10**7)
+        (small,) = (
+            r for r in rows if r["config"]["budget"] == budget and r["config"]["scores"] == 10**7
+        )
         ratio = row["seconds_selecting"] / small["seconds_selecting"] / (scores / 10**7)
         what = f"top {budget:.2%} of {scores:.0e} scores"
         if scores == 10**9:  # what it holds is fixed, and few scores are not much
@@ -58,7 +80,9 @@ def importing() -> Iterator[Line]:
 if __name__ == "__main__":
     for measure in (masked_step, peak_memory, delta, selecting, importing):
         rows = results.read(measure.__name__)
-        print(f"{measure.__doc__} On {', '.join(sorted({row['device'] for row in rows})) or 'nothing yet'}.")
+        print(
+            f"{measure.__doc__} On {', '.join(sorted({row['device'] for row in rows})) or 'nothing yet'}."
+        )
         for what, measured, limit, unit in measure():
             reached = "reached" if measured <= limit else "NOT REACHED"
             print(f"  {what:48} {measured:8.2f} <= {limit:5.2f} {unit:14} {reached}")

@@ -17,7 +17,9 @@ LINEAR = {  # every linear layer, the output apart
 }
 
 
-def trained(way: str, model: Any, *, budget: float, rank: int) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+def trained(
+    way: str, model: Any, *, budget: float, rank: int
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """The model, made ready to be trained in one of `WAYS`, and its optimizer; the floor trains nothing."""
     targets = LINEAR[model.config.model_type]
     if way == "peft LoRA":
@@ -25,7 +27,11 @@ def trained(way: str, model: Any, *, budget: float, rank: int) -> tuple[nn.Modul
     elif way == "peft SHiRA":
         model = get_peft_model(model, ShiraConfig(r=rank, target_modules=targets))
     elif way == "selective_lite":
-        sl.masked(model, sl.select(sl.random_scores(model, 0), budget), dense=tuple(sl.head_weights(model)))
+        sl.masked(
+            model,
+            sl.select(sl.random_scores(model, 0), budget),
+            dense=tuple(sl.head_weights(model)),
+        )
     elif way == "floor":  # forward and every input gradient, down to the output of the embedding
         model.requires_grad_(False)
         embedding = getattr(model.base_model, "embeddings", model.get_input_embeddings())

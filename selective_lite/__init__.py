@@ -1,6 +1,7 @@
 """selective_lite: choose a few of a pretrained model's own weights, and train only those.
 
-Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship* the difference as one small file.
+Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship* the difference as
+one small file.
 """
 
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability

@@ -1,6 +1,7 @@
 """Hard-Concrete gates: a gate z in [0, 1] that is exactly 0 or 1 with positive probability, and has a gradient.
 
-Source: Louizos, Welling and Kingma 2018, "Learning sparse neural networks through L0 regularization".
+Source: Louizos, Welling and Kingma 2018, "Learning sparse neural networks through L0
+regularization".
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ def _check_beta(beta: float) -> None:
 
 
 def hard_concrete(
-    log_alpha: Tensor, u: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1), eps: float = EPS
+    log_alpha: Tensor,
+    u: Tensor,
+    *,
+    beta: float = 2 / 3,
+    stretch: Stretch = (-0.1, 1.1),
+    eps: float = EPS,
 ) -> Tensor:
     """A sample of the gate (Louizos et al. 2018, eq. 10 and 11).
 
@@ -64,7 +70,9 @@ def hard_concrete(
     return (s * (right - left) + left).clamp(0, 1)
 
 
-def open_probability(log_alpha: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1)) -> Tensor:
+def open_probability(
+    log_alpha: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1)
+) -> Tensor:
     """P(z != 0), the expected L0 norm in closed form (Louizos et al. 2018, eq. 12); arguments as `hard_concrete`."""
     check_stretch(stretch)
     _check_beta(beta)
@@ -95,7 +103,12 @@ class HardConcrete(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1), log_alpha: float = 0.0
+        self,
+        shape: Sequence[int],
+        *,
+        beta: float = 2 / 3,
+        stretch: Stretch = (-0.1, 1.1),
+        log_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         check_stretch(stretch)

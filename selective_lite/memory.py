@@ -28,9 +28,9 @@ def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     Returns
     -------
     dict
-        Bytes by kind: ``weights`` (every unique parameter and buffer), ``gradients``, ``optimizer`` (state tensors),
-        ``index`` (positions of a selection). Tensors that share storage count once. A forward's activations are not
-        held between steps: `activation_bytes` counts them.
+        Bytes by kind: ``weights`` (every unique parameter and buffer), ``gradients``, ``optimizer``
+        (state tensors), ``index`` (positions of a selection). Tensors that share storage count
+        once. A forward's activations are not held between steps: `activation_bytes` counts them.
     """
     weights: list[Tensor] = list(model.parameters())
     index: list[Tensor] = []
@@ -55,20 +55,24 @@ def predicted_ledger(
 ) -> dict[str, int]:
     """What `ledger` will say after a step, to the byte, from shapes alone: nothing is trained, no memory is taken.
 
-    Activations are not predicted: they follow from the batch and from what each layer's backward needs, not from the
-    weights' shapes; `activation_bytes` measures them.
+    Activations are not predicted: they follow from the batch and from what each layer's backward
+    needs, not from the weights' shapes; `activation_bytes` measures them.
 
     Parameters
     ----------
     model
-        An ordinary one; on the meta device too, so that a model that does not fit can be asked about.
+        An ordinary one; on the meta device too, so that a model that does not fit can be asked
+        about.
     selection, dense
-        As in `masked`. Without these two and with nothing beside, every floating-point weight is trained.
+        As in `masked`. Without these two and with nothing beside, every floating-point weight is
+        trained.
     beside
-        Tensors that will be added and trained, such as a LoRA's or gates; only their shapes and dtypes count.
+        Tensors that will be added and trained, such as a LoRA's or gates; only their shapes and
+        dtypes count.
     optimizer
-        Makes an optimizer of parameters, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``. It takes one
-        step on the meta device; ``fused=True``, which cannot, would change no byte.
+        Makes an optimizer of parameters, such as ``functools.partial(torch.optim.SGD,
+        momentum=0.9)``. It takes one step on the meta device; ``fused=True``, which cannot, would
+        change no byte.
 
     Returns
     -------
@@ -78,7 +82,8 @@ def predicted_ledger(
     Raises
     ------
     ValueError
-        If the model is in masked training, or `selection` or `dense` do not fit it or each other (as in `masked`).
+        If the model is in masked training, or `selection` or `dense` do not fit it or each other
+        (as in `masked`).
     """
     if any(compact_parameters(model)):
         raise ValueError("model is in masked training: leave that first, or measure it with ledger")
@@ -88,16 +93,24 @@ def predicted_ledger(
     check_names(indices, named, "selection")
     for name in indices:
         if shapes[name] != (shape := tuple(named[name].shape)) or is_under(name, prefixes):
-            raise ValueError(f"selection[{name!r}] is for shape {shapes[name]}, not {shape}, or dense names it too")
+            raise ValueError(
+                f"selection[{name!r}] is for shape {shapes[name]}, not {shape}, or dense names it too"
+            )
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
     places = owners(model)
     parts = [footprint_of(index, named[name], places[name]) for name, index in partly.items()]
     precise = {name: torch.promote_types(named[name].dtype, torch.float32) for name in partly}
-    added = [*beside, *(torch.empty(len(partly[name]), dtype=precise[name], device="meta") for name in partly)]
+    added = [
+        *beside,
+        *(torch.empty(len(partly[name]), dtype=precise[name], device="meta") for name in partly),
+    ]
     whole = {name for name in named if is_under(name, prefixes)} | (indices.keys() - partly.keys())
     if not added and not whole:
         whole = {name for name, p in named.items() if p.is_floating_point()}
-    trained = [nn.Parameter(torch.empty_like(t, device="meta")) for t in (*added, *(named[name] for name in whole))]
+    trained = [
+        nn.Parameter(torch.empty_like(t, device="meta"))
+        for t in (*added, *(named[name] for name in whole))
+    ]
     for p in trained:
         p.grad = torch.empty_like(p)
     stepped = optimizer(trained)
@@ -113,29 +126,42 @@ def predicted_ledger(
 def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> int:
     """Bytes that autograd keeps for the backward of one training step, beside the model's own tensors and the batch.
 
-    Selecting saves few of them: a layer's input is kept wherever one of its weights is trained (where these are few,
-    only the features that they read), and most other layers need theirs for the gradient of what lies below. Copies of
-    weights are counted: gates make one of every weight, autocast of matrices, masked training of vectors that are
-    selected in part.
+    Selecting saves few of them: a layer's input is kept wherever one of its weights is trained
+    (where these are few, only the features that they read), and most other layers need theirs for
+    the gradient of what lies below. Copies of weights are counted: gates make one of every weight,
+    autocast of matrices, masked training of vectors that are selected in part.
 
     Parameters
     ----------
     model
-        Called once in training mode, as a step would; its modes are put back, its weights and gradients not touched.
+        Called once in training mode, as a step would; its modes are put back, its weights and
+        gradients not touched.
     batch
         What `loss` takes; its tensors are not counted.
     loss
         ``(model, batch) -> scalar``.
     """
     kept: dict[int, Tensor] = {}
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(id(t), t), lambda t: t
+    )
     with preserve_modes(model), torch.enable_grad(), hooks:
         model.train()
         loss(model, batch)
-    own = [*model.parameters(), *model.buffers(), *(batch.values() if isinstance(batch, Mapping) else batch)]
+    own = [
+        *model.parameters(),
+        *model.buffers(),
+        *(batch.values() if isinstance(batch, Mapping) else batch),
+    ]
     return _bytes([*kept.values(), *own]) - _bytes(own)
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    # Storages are told apart by their address in C++, not by the data's, which is 0 on the meta device.
-    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in filter(torch.is_tensor, values))}.values())
+    # Storages are told apart by their address in C++, not by the data's, which is 0 on the meta
+    # device.
+    return sum(
+        {
+            s._cdata: s.nbytes()
+            for s in (t.untyped_storage() for t in filter(torch.is_tensor, values))
+        }.values()
+    )

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-# Task classifiers by the names `transformers` gives them. A language-model head is pretrained, so it is a candidate.
+# Task classifiers by the names `transformers` gives them. A language-model head is pretrained, so
+# it is a candidate.
 HEADS = ("classifier", "score", "qa_outputs")
 
 
@@ -41,13 +42,17 @@ def is_under(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def check_prefixes(prefixes: str | Sequence[str], names: Collection[str], what: str) -> tuple[str, ...]:
+def check_prefixes(
+    prefixes: str | Sequence[str], names: Collection[str], what: str
+) -> tuple[str, ...]:
     """The prefixes as a tuple; raise a `ValueError` that names the first one under which there is none of `names`."""
     found = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
     for prefix in found:
         if not any(is_under(name, (prefix,)) for name in names):
             known = next(iter(names), None)
-            raise ValueError(f"{what}={prefix!r} names no parameter; give names or prefixes, such as {known!r}")
+            raise ValueError(
+                f"{what}={prefix!r} names no parameter; give names or prefixes, such as {known!r}"
+            )
     return found
 
 
@@ -69,8 +74,8 @@ def weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn
     model
         Any module. A tied parameter appears once, under its first name; buffers never appear.
     head
-        Prefixes of the task head, always trained and outside the budget. ``None`` finds a top-level ``classifier``,
-        ``score`` or ``qa_outputs``; ``()`` says that there is none.
+        Prefixes of the task head, always trained and outside the budget. ``None`` finds a top-level
+        ``classifier``, ``score`` or ``qa_outputs``; ``()`` says that there is none.
 
     Returns
     -------
@@ -85,7 +90,9 @@ def weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn
     prefixes = _head_prefixes(model, head)
     found = {name: p for name, p in _floating(model) if not is_under(name, prefixes)}
     if not found:
-        raise ValueError(f"model has no floating-point parameter outside its head {prefixes}; nothing can be selected")
+        raise ValueError(
+            f"model has no floating-point parameter outside its head {prefixes}; nothing can be selected"
+        )
     return found
 
 
@@ -118,18 +125,26 @@ def resolve_budget(budget: int | float, total: int) -> int:
         If it lies outside its range, or rounds to no weight at all.
     """
     if isinstance(budget, bool):
-        raise TypeError(f"budget={budget} is a bool; give a count (int) or a fraction in (0, 1] (float)")
+        raise TypeError(
+            f"budget={budget} is a bool; give a count (int) or a fraction in (0, 1] (float)"
+        )
     if isinstance(budget, float):
         if not 0 < budget <= 1:
-            raise ValueError(f"budget={budget} is outside (0, 1]; give a fraction, or an int to count weights")
+            raise ValueError(
+                f"budget={budget} is outside (0, 1]; give a fraction, or an int to count weights"
+            )
         k = round(budget * total)
         if k == 0:
-            raise ValueError(f"budget={budget} of {total} weights rounds to none; give a larger fraction")
+            raise ValueError(
+                f"budget={budget} of {total} weights rounds to none; give a larger fraction"
+            )
         return k
     try:
         k = operator.index(budget)
     except TypeError:
-        raise TypeError(f"budget={budget!r} is no number; give a count (int) or a fraction in (0, 1] (float)") from None
+        raise TypeError(
+            f"budget={budget!r} is no number; give a count (int) or a fraction in (0, 1] (float)"
+        ) from None
     if not 1 <= k <= total:
         raise ValueError(f"budget={k} is outside [1, {total}], the number of candidate weights")
     return k

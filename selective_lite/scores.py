@@ -27,7 +27,9 @@ def magnitude(model: nn.Module, head: Sequence[str] | None = None) -> Scores:
     return {name: p.detach().abs() for name, p in weights(model, head).items()}
 
 
-def movement(model: nn.Module, start: Mapping[str, Tensor], head: Sequence[str] | None = None) -> Scores:
+def movement(
+    model: nn.Module, start: Mapping[str, Tensor], head: Sequence[str] | None = None
+) -> Scores:
     """|theta - theta0|, how far training moved each weight (Ansell et al. 2022, LT-SFT).
 
     Parameters
@@ -47,7 +49,9 @@ def movement(model: nn.Module, start: Mapping[str, Tensor], head: Sequence[str] 
     candidates = weights(model, head)
     for name, p in candidates.items():
         if name not in start or start[name].shape != p.shape:
-            raise ValueError(f"start has no {name!r} of shape {tuple(p.shape)}; give a snapshot of this model")
+            raise ValueError(
+                f"start has no {name!r} of shape {tuple(p.shape)}; give a snapshot of this model"
+            )
     return {name: (p.detach() - start[name]).abs() for name, p in candidates.items()}
 
 
@@ -55,7 +59,10 @@ def random_scores(model: nn.Module, seed: int, head: Sequence[str] | None = None
     """The control: uniform random scores in (0, 1), float32 on CPU, a function of `seed` and the shapes alone."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: 1 - torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")  # rand is in [0, 1)
+        name: 1
+        - torch.rand(
+            p.shape, generator=generator, dtype=torch.float32, device="cpu"
+        )  # rand is in [0, 1)
         for name, p in weights(model, head).items()
     }
 
@@ -72,8 +79,8 @@ def squared_gradient(
 ) -> Scores:
     """Sum of squared gradients, the diagonal Fisher information times the number of samples.
 
-    ``"per_sample"`` sums (dL_i/dw)^2 over samples (Sung et al. 2021, FISH); ``"batch"`` sums the square of each
-    batch's mean gradient, which is what the code of SPT and Child-Tuning-D computes.
+    ``"per_sample"`` sums (dL_i/dw)^2 over samples (Sung et al. 2021, FISH); ``"batch"`` sums the
+    square of each batch's mean gradient, which is what the code of SPT and Child-Tuning-D computes.
 
     Parameters
     ----------
@@ -84,8 +91,9 @@ def squared_gradient(
     reduction
         What is squared: each sample's gradient, or each batch's mean gradient.
     labels
-        ``"given"`` uses the batch's ``labels`` (empirical Fisher); ``"model"`` draws them from ``softmax(logits)``
-        (true Fisher, by sampling; for classifiers, whose labels belong to the logits at their place).
+        ``"given"`` uses the batch's ``labels`` (empirical Fisher); ``"model"`` draws them from
+        ``softmax(logits)`` (true Fisher, by sampling; for classifiers, whose labels belong to the
+        logits at their place).
     loss
         ``(model, batch) -> scalar``, a mean over samples.
     head
@@ -96,7 +104,8 @@ def squared_gradient(
     Returns
     -------
     dict
-        Non-negative scores in each weight's shape, on its device, float32 (float64 for float64 weights).
+        Non-negative scores in each weight's shape, on its device, float32 (float64 for float64
+        weights).
 
     Raises
     ------
@@ -117,7 +126,11 @@ def squared_gradient(
 
 
 def gradient_magnitude(
-    model: nn.Module, batches: Iterable[Batch], *, loss: Loss = model_loss, head: Sequence[str] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    loss: Loss = model_loss,
+    head: Sequence[str] | None = None,
 ) -> Scores:
     """|sum of the batches' mean gradients|, the full gradient's size; arguments, errors as in `squared_gradient`."""
     total = _accumulate(model, batches, loss, head, lambda g: g)
@@ -134,9 +147,9 @@ def taylor(
 ) -> Scores:
     """How much the loss would change if a weight were set to zero, by Taylor expansion.
 
-    Order 1 is |g w| with the full gradient g (Molchanov et al. 2019). Order 2 is |-g w + h w^2 / 2| with the diagonal
-    empirical Fisher as h (LeCun et al. 1990, with Fisher for the Hessian); g and h are means over samples.
-    Arguments and errors as in `squared_gradient`.
+    Order 1 is |g w| with the full gradient g (Molchanov et al. 2019). Order 2 is |-g w + h w^2 / 2|
+    with the diagonal empirical Fisher as h (LeCun et al. 1990, with Fisher for the Hessian); g and
+    h are means over samples. Arguments and errors as in `squared_gradient`.
     """
     _one_of("order", order, (1, 2))
     candidates = weights(model, head)
@@ -146,7 +159,10 @@ def taylor(
     samples = [sample for batch in batches for sample in _samples(batch)]
     g = _accumulate(model, samples, loss, head, lambda g: g / len(samples))
     h = _accumulate(model, samples, loss, head, lambda g: g.square() / len(samples))
-    return {name: (h[name] * p.detach() / 2 - g[name]).mul_(p.detach()).abs_() for name, p in candidates.items()}
+    return {
+        name: (h[name] * p.detach() / 2 - g[name]).mul_(p.detach()).abs_()
+        for name, p in candidates.items()
+    }
 
 
 def expected_squared_gradient(
@@ -155,13 +171,14 @@ def expected_squared_gradient(
     """Sum over samples of the expected squared gradient under the model's own labels: the true Fisher, exactly.
 
     One backward pass for every sample and class, so it is for classifiers of few classes;
-    ``squared_gradient(..., labels="model")`` draws one label a sample instead. Given labels are ignored. Source: the
-    ``expect`` of the code of Sung et al. 2021 (FISH).
+    ``squared_gradient(..., labels="model")`` draws one label a sample instead. Given labels are
+    ignored. Source: the ``expect`` of the code of Sung et al. 2021 (FISH).
 
     Parameters
     ----------
     model
-        A classifier whose output has ``logits`` of shape (samples, classes), scored as in `squared_gradient`.
+        A classifier whose output has ``logits`` of shape (samples, classes), scored as in
+        `squared_gradient`.
     batches, head
         As in `squared_gradient`.
 
@@ -173,7 +190,8 @@ def expected_squared_gradient(
     Raises
     ------
     ValueError
-        If the logits have another shape, for no batch, a non-finite score, or scores that are all zero.
+        If the logits have another shape, for no batch, a non-finite score, or scores that are all
+        zero.
     """
 
     def parts() -> Iterator[Batch]:
@@ -182,12 +200,18 @@ def expected_squared_gradient(
             with torch.no_grad():
                 shape = model(**inputs).logits.shape
             if len(shape) != 2:
-                raise ValueError(f"logits have shape {tuple(shape)}, not (samples, classes); use squared_gradient")
+                raise ValueError(
+                    f"logits have shape {tuple(shape)}, not (samples, classes); use squared_gradient"
+                )
             for sample in _samples(inputs):
-                yield from ({**sample, "labels": torch.tensor(c, device="cpu")} for c in range(shape[1]))
+                yield from (
+                    {**sample, "labels": torch.tensor(c, device="cpu")} for c in range(shape[1])
+                )
 
     def root_of_term(model: nn.Module, part: Batch) -> Tensor:
-        log_p = model(**{key: value for key, value in part.items() if key != "labels"}).logits.log_softmax(-1)
+        log_p = model(
+            **{key: value for key, value in part.items() if key != "labels"}
+        ).logits.log_softmax(-1)
         log_p = log_p[0, int(part["labels"])]
         # (eq-expected-fisher)  F = sum_i sum_c p(c | x_i) (d -log p(c | x_i) / d w)^2;  the root is squared below
         return -log_p * log_p.detach().exp().sqrt()
@@ -211,7 +235,9 @@ def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
         If a prefix names nothing.
     """
     prefixes = check_prefixes(frozen, scores, "frozen")
-    return {name: torch.zeros_like(s) if is_under(name, prefixes) else s for name, s in scores.items()}
+    return {
+        name: torch.zeros_like(s) if is_under(name, prefixes) else s for name, s in scores.items()
+    }
 
 
 def _one_of(argument: str, value: object, allowed: tuple) -> None:
@@ -221,7 +247,9 @@ def _one_of(argument: str, value: object, allowed: tuple) -> None:
 
 def _samples(batch: Batch) -> Iterator[Batch]:
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batches holds a {type(batch).__name__}; per-sample scores take mappings of tensors")
+        raise TypeError(
+            f"batches holds a {type(batch).__name__}; per-sample scores take mappings of tensors"
+        )
     size = len(next(iter(batch.values())))
     return ({key: value[i : i + 1] for key, value in batch.items()} for i in range(size))
 
@@ -230,17 +258,26 @@ def _samples(batch: Batch) -> Iterator[Batch]:
 def _drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     probabilities = logits.float().softmax(-1).cpu()
-    drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]), 1, generator=generator)
+    drawn = torch.multinomial(
+        probabilities.reshape(-1, probabilities.shape[-1]), 1, generator=generator
+    )
     return drawn.reshape(probabilities.shape[:-1]).to(logits.device)
 
 
 def _accumulate(
-    model: nn.Module, batches: Iterable[Batch], loss: Loss, head: Sequence[str] | None, of: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    head: Sequence[str] | None,
+    of: Callable[[Tensor], Tensor],
 ) -> Scores:
     """Sum `of(gradient)` over batches for every candidate, holding no two gradients; ``.grad`` is left alone."""
     candidates = weights(model, head)
     # In half precision a sum of a thousand squares would saturate.
-    sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in candidates.values()}
+    sums = {
+        p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for p in candidates.values()
+    }
     batch = None
     with preserve_modes(model), only_trainable(model, sums), torch.enable_grad():
         model.eval()
@@ -253,7 +290,9 @@ def _accumulate(
     return scores
 
 
-def _add_gradients(loss: Tensor, sums: Mapping[nn.Parameter, Tensor], of: Callable[[Tensor], Tensor]) -> None:
+def _add_gradients(
+    loss: Tensor, sums: Mapping[nn.Parameter, Tensor], of: Callable[[Tensor], Tensor]
+) -> None:
     """Add `of(gradient)` to every sum, and drop each gradient as soon as it is complete."""
 
     def add(total: Tensor, gradient: Tensor | None) -> Tensor | None:

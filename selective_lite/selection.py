@@ -22,7 +22,8 @@ class Selection:
     Attributes
     ----------
     indices
-        ``{name: positions}``, int64 on CPU, strictly increasing; a tensor without a selected weight has no entry.
+        ``{name: positions}``, int64 on CPU, strictly increasing; a tensor without a selected weight
+        has no entry.
     shapes
         ``{name: shape}`` of every candidate tensor, in model order.
     """
@@ -33,12 +34,25 @@ class Selection:
     def __post_init__(self) -> None:
         for name, positions in self.indices.items():
             if name not in self.shapes:
-                raise ValueError(f"indices names {name!r}, which has no shape; shapes must hold every candidate tensor")
+                raise ValueError(
+                    f"indices names {name!r}, which has no shape; shapes must hold every candidate tensor"
+                )
             size = prod(self.shapes[name])
-            if positions.dtype != torch.int64 or positions.dim() != 1 or positions.device.type != "cpu":
+            if (
+                positions.dtype != torch.int64
+                or positions.dim() != 1
+                or positions.device.type != "cpu"
+            ):
                 raise ValueError(f"indices[{name!r}] must be a one-dimensional int64 tensor on CPU")
-            if len(positions) == 0 or positions[0] < 0 or positions[-1] >= size or (positions.diff() <= 0).any():
-                raise ValueError(f"indices[{name!r}] must be strictly increasing, within [0, {size}), and not empty")
+            if (
+                len(positions) == 0
+                or positions[0] < 0
+                or positions[-1] >= size
+                or (positions.diff() <= 0).any()
+            ):
+                raise ValueError(
+                    f"indices[{name!r}] must be strictly increasing, within [0, {size}), and not empty"
+                )
 
     @property
     def count(self) -> int:
@@ -61,7 +75,10 @@ class Selection:
 
     def masks(self) -> dict[str, Tensor]:
         """The same selection as boolean tensors in the weights' shapes, on CPU."""
-        found = {name: torch.zeros(shape, dtype=torch.bool, device="cpu") for name, shape in self.shapes.items()}
+        found = {
+            name: torch.zeros(shape, dtype=torch.bool, device="cpu")
+            for name, shape in self.shapes.items()
+        }
         for name, positions in self.indices.items():
             found[name].view(-1)[positions] = True
         return found
@@ -69,30 +86,38 @@ class Selection:
     def overlap(self, other: Selection) -> float:
         """Shared weights over the smaller count, in [0, 1]; two random selections share about ``other.fraction``."""
         both = self.indices.keys() & other.indices.keys()
-        shared = sum(int(torch.isin(self.indices[n], other.indices[n], assume_unique=True).sum()) for n in both)
+        shared = sum(
+            int(torch.isin(self.indices[n], other.indices[n], assume_unique=True).sum())
+            for n in both
+        )
         return shared / min(self.count, other.count)
 
 
 def select(
-    scores: Mapping[str, Tensor], budget: int | float, *, largest: bool = True, of: int | None = None
+    scores: Mapping[str, Tensor],
+    budget: int | float,
+    *,
+    largest: bool = True,
+    of: int | None = None,
 ) -> Selection:
     """The k weights with the largest (or smallest) scores, exactly k, ties broken by tensor order, then position.
 
-    Two passes of 16 bits over the scores' bit patterns find the k-th score (a radix selection), a third takes what is
-    above it: linear time, and no second copy of the scores.
+    Two passes of 16 bits over the scores' bit patterns find the k-th score (a radix selection), a
+    third takes what is above it: linear time, and no second copy of the scores.
 
     Parameters
     ----------
     scores
-        ``{name: tensor}``, floating point, any device. A mapping may also make its tensors when they are asked for,
-        from files or from a seed: each is made once a pass, three times (six where a score is float64), and none is
-        held while the next is made.
+        ``{name: tensor}``, floating point, any device. A mapping may also make its tensors when
+        they are asked for, from files or from a seed: each is made once a pass, three times (six
+        where a score is float64), and none is held while the next is made.
     budget
         A count (int) or a fraction of `of` (float in (0, 1]); see `resolve_budget`.
     largest
         Take the largest scores; ``False`` takes the smallest.
     of
-        What a fraction refers to, where the scores cover only a part of the model; default: the number of scores.
+        What a fraction refers to, where the scores cover only a part of the model; default: the
+        number of scores.
 
     Returns
     -------
@@ -101,8 +126,9 @@ def select(
     Raises
     ------
     TypeError, ValueError
-        For a bad budget, an empty mapping, non-floating, non-finite or all-zero scores, fewer than k non-zero scores
-        where the largest are wanted (zeros would be selected by position alone), or scores that change between passes.
+        For a bad budget, an empty mapping, non-floating, non-finite or all-zero scores, fewer than
+        k non-zero scores where the largest are wanted (zeros would be selected by position alone),
+        or scores that change between passes.
     """
     if not scores:
         raise ValueError("scores is empty; give one tensor of scores for every candidate tensor")
@@ -111,10 +137,14 @@ def select(
     k = resolve_budget(budget, total if of is None else of)
     if k > (n := nonzero if largest else total):
         what = "non-zero" if largest else "there"
-        raise ValueError(f"budget={budget} asks for {k} weights, but only {n} scores are {what}; lower it")
+        raise ValueError(
+            f"budget={budget} asks for {k} weights, but only {n} scores are {what}; lower it"
+        )
 
     cutoff, ties = _kth_key(scores, largest, wide, k, histogram)
-    found = torch.empty(k, dtype=torch.int64, device="cpu")  # one buffer: pieces would lie between the freed chunks
+    found = torch.empty(
+        k, dtype=torch.int64, device="cpu"
+    )  # one buffer: pieces would lie between the freed chunks
     taken, counts = 0, dict.fromkeys(shapes, 0)
     for name, _, start, key in sort_keys(scores, largest, wide):
         positions = (key >= cutoff).nonzero().squeeze(1)
@@ -125,7 +155,9 @@ def select(
         taken, counts[name] = taken + len(positions), counts[name] + len(positions)
         ties -= int(tied.sum())
     if taken != k:
-        raise ValueError(f"scores changed from one pass to the next: {taken} of them, not {k}, were found")
+        raise ValueError(
+            f"scores changed from one pass to the next: {taken} of them, not {k}, were found"
+        )
     pieces = zip(shapes, found.split([*counts.values()]), strict=True)
     return Selection({name: positions for name, positions in pieces if len(positions)}, shapes)
 
@@ -143,40 +175,57 @@ def sort_keys(scores: Mapping[str, Tensor], largest: bool, wide: bool) -> Keys:
     largest
         Whether the largest score has the largest key, or the smallest.
     wide
-        Whether every key is int64. If not, only a float64 tensor's are, which cannot be compared with the others.
+        Whether every key is int64. If not, only a float64 tensor's are, which cannot be compared
+        with the others.
 
     Yields
     ------
     tuple
-        (tensor name, its shape, first flat position, keys), in the order of the scores, at least one a tensor; keys
-        are on CPU, int32 or int64. Scores are equal if and only if their keys are; the key of zero is 0.
+        (tensor name, its shape, first flat position, keys), in the order of the scores, at least
+        one a tensor; keys are on CPU, int32 or int64. Scores are equal if and only if their keys
+        are; the key of zero is 0.
     """
     for name in scores:  # not items(), which would hold a tensor while the next is made
         score = scores[name]
         if not score.is_floating_point() or score.is_meta:
-            raise ValueError(f"scores[{name!r}] has dtype {score.dtype} on {score.device}; give floats with values")
+            raise ValueError(
+                f"scores[{name!r}] has dtype {score.dtype} on {score.device}; give floats with values"
+            )
         long = wide or score.dtype == torch.float64
-        as_float, as_int, sign = (torch.float64, torch.int64, 63) if long else (torch.float32, torch.int32, 31)
+        as_float, as_int, sign = (
+            (torch.float64, torch.int64, 63) if long else (torch.float32, torch.int32, 31)
+        )
         flat, shape = score.detach().reshape(-1), tuple(score.shape)
         for start in range(0, max(flat.numel(), 1), CHUNK):
             chunk = flat[start : start + CHUNK].cpu().to(as_float)
-            # The sum makes -0.0 and 0.0 one score; a negative float's magnitude bits count downwards.
+            # The sum makes -0.0 and 0.0 one score; a negative float's magnitude bits count
+            # downwards.
             bits = (0.0 + chunk if largest else 0.0 - chunk).view(as_int)
             yield name, shape, start, bits ^ ((bits >> sign) & ((1 << sign) - 1))
         del score, flat, chunk
 
 
-def _survey(scores: Mapping[str, Tensor], largest: bool, wide: bool = False) -> tuple[bool, dict, int, Tensor]:
+def _survey(
+    scores: Mapping[str, Tensor], largest: bool, wide: bool = False
+) -> tuple[bool, dict, int, Tensor]:
     """The first pass: is one float64, all shapes, how many scores are not zero, how often each first 16 bits occur."""
     shapes, nonzero, histogram = {}, 0, torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
-    bits, edge = (64, 16) if wide else (32, 128)  # that many keys at either end are infinite, or no numbers
+    bits, edge = (
+        (64, 16) if wide else (32, 128)
+    )  # that many keys at either end are infinite, or no numbers
     for name, shape, _, key in sort_keys(scores, largest, wide):
         if key.dtype == torch.int64 and not wide:
             break
-        counts = torch.bincount((key >> (bits - 16)) + (1 << 15), minlength=1 << 16)  # negative keys come first
+        counts = torch.bincount(
+            (key >> (bits - 16)) + (1 << 15), minlength=1 << 16
+        )  # negative keys come first
         if counts[:edge].any() or counts[-edge:].any():
             raise ValueError(NOT_FINITE.format(name))
-        shapes[name], nonzero, histogram = shape, nonzero + int(key.count_nonzero()), histogram + counts
+        shapes[name], nonzero, histogram = (
+            shape,
+            nonzero + int(key.count_nonzero()),
+            histogram + counts,
+        )
     else:
         if nonzero == 0:
             raise ValueError(ALL_ZERO)
@@ -184,7 +233,9 @@ def _survey(scores: Mapping[str, Tensor], largest: bool, wide: bool = False) -> 
     return _survey(scores, largest, wide=True)
 
 
-def _kth_key(scores: Mapping[str, Tensor], largest: bool, wide: bool, k: int, histogram: Tensor) -> tuple[int, int]:
+def _kth_key(
+    scores: Mapping[str, Tensor], largest: bool, wide: bool, k: int, histogram: Tensor
+) -> tuple[int, int]:
     """The k-th largest key, and how many of the keys equal to it are among the k."""
     bits, prefix, wanted, first = 64 if wide else 32, 0, k, -(1 << 15)
     for shift in range(bits - 16, -1, -16):
@@ -203,12 +254,14 @@ def _kth_key(scores: Mapping[str, Tensor], largest: bool, wide: bool, k: int, hi
 def random_nonzero(scores: Mapping[str, Tensor], budget: int | float, seed: int) -> Selection:
     """The control: uniform random among the weights whose score is not zero (a BERT embeds few of its words).
 
-    Arguments and errors as in `select`; the draw is a function of `seed` and of where the scores are zero.
+    Arguments and errors as in `select`; the draw is a function of `seed` and of where the scores
+    are zero.
     """
     check_scores(scores)
     generator = torch.Generator().manual_seed(seed)
     draws = {
-        name: (1 - torch.rand(score.shape, generator=generator, dtype=torch.float32, device="cpu")) * (score != 0).cpu()
+        name: (1 - torch.rand(score.shape, generator=generator, dtype=torch.float32, device="cpu"))
+        * (score != 0).cpu()
         for name, score in scores.items()
     }
     return select(draws, budget)
@@ -228,7 +281,9 @@ def shuffled(selection: Selection, seed: int) -> Selection:
 
 
 def select_tensors(
-    model: nn.Module, predicate: Callable[[str, nn.Parameter], bool], head: Sequence[str] | None = None
+    model: nn.Module,
+    predicate: Callable[[str, nn.Parameter], bool],
+    head: Sequence[str] | None = None,
 ) -> Selection:
     """Every weight of every candidate tensor for which `predicate(name, parameter)` holds; a rule sizes itself.
 
@@ -238,7 +293,13 @@ def select_tensors(
         If no tensor satisfies the rule.
     """
     candidates = weights(model, head)
-    indices = {name: torch.arange(p.numel(), device="cpu") for name, p in candidates.items() if predicate(name, p)}
+    indices = {
+        name: torch.arange(p.numel(), device="cpu")
+        for name, p in candidates.items()
+        if predicate(name, p)
+    }
     if not indices:
-        raise ValueError("predicate holds for no candidate tensor; print(list(weights(model))) shows their names")
+        raise ValueError(
+            "predicate holds for no candidate tensor; print(list(weights(model))) shows their names"
+        )
     return Selection(indices, {name: tuple(p.shape) for name, p in candidates.items()})

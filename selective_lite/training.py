@@ -45,16 +45,16 @@ class Phase:
     name
         Shown in the history.
     groups
-        Parameter groups as ``torch.optim`` takes them; each may hold a ``"schedule"``, progress in [0, 1) ->
-        multiplier of its learning rate (default `linear_decay`).
+        Parameter groups as ``torch.optim`` takes them; each may hold a ``"schedule"``, progress in
+        [0, 1) -> multiplier of its learning rate (default `linear_decay`).
     epochs
         Passes over the batches.
     penalty
         Added to the loss at every step, a scalar tensor with gradient.
     before_step, after_step
-        Called between backward and clipping (to change gradients), and after the optimizer's step. Both get the
-        fraction of the phase that is done with this step, in (0, 1], and the optimizer, whose groups still have the
-        learning rates of this step (SoRA needs one).
+        Called between backward and clipping (to change gradients), and after the optimizer's step.
+        Both get the fraction of the phase that is done with this step, in (0, 1], and the
+        optimizer, whose groups still have the learning rates of this step (SoRA needs one).
     model
         Called in place of the model, where a phase wraps it (Diff Pruning's gates).
     clip
@@ -98,9 +98,11 @@ def fit(
     Parameters
     ----------
     model
-        The model that the phases were made for; put in training mode during a phase, and back after it.
+        The model that the phases were made for; put in training mode during a phase, and back after
+        it.
     phases
-        A method, such as ``fixed_mask(...)`` or ``diff_pruning(...)``: it may prepare the next phase from the last.
+        A method, such as ``fixed_mask(...)`` or ``diff_pruning(...)``: it may prepare the next
+        phase from the last.
     batches
         Sized and iterable again for every epoch.
     loss
@@ -113,12 +115,14 @@ def fit(
     Returns
     -------
     list of dict
-        One record a step: ``phase``, ``step`` (within the phase), ``loss``, ``penalty`` (0.0 where there is none).
+        One record a step: ``phase``, ``step`` (within the phase), ``loss``, ``penalty`` (0.0 where
+        there is none).
 
     Raises
     ------
     ValueError
-        If there is no batch, or the loss is not finite (the phase's step is named; nothing of that step is applied).
+        If there is no batch, or the loss is not finite (the phase's step is named; nothing of that
+        step is applied).
     """
     if len(batches) == 0:
         raise ValueError("batches is empty; give at least one batch")
@@ -137,7 +141,11 @@ def fit(
 
 
 def _steps(
-    phase: Phase, model: nn.Module, batches: Batches, loss: Loss, optimizer: Callable[..., torch.optim.Optimizer]
+    phase: Phase,
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    optimizer: Callable[..., torch.optim.Optimizer],
 ) -> Iterator[dict[str, Any]]:
     """Train one phase, a record a step."""
     opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in phase.groups])
@@ -151,7 +159,9 @@ def _steps(
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
         if not torch.isfinite(total):
-            raise ValueError(f"loss is {total.item()} in phase {phase.name!r}, step {step}; lower the learning rate")
+            raise ValueError(
+                f"loss is {total.item()} in phase {phase.name!r}, step {step}; lower the learning rate"
+            )
         opt.zero_grad()
         total.backward()
         if phase.before_step:
@@ -170,9 +180,15 @@ def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:
     return lambda step: schedule(min(step / steps, 1.0))
 
 
-def head_group(parameters: Sequence[nn.Parameter], lr: float, lr_head: float | None, **options: Any) -> list[Group]:
+def head_group(
+    parameters: Sequence[nn.Parameter], lr: float, lr_head: float | None, **options: Any
+) -> list[Group]:
     """The parameter group of the task head, at `lr_head` or, if that is None, at `lr`; none where there is no head."""
-    return [{"params": list(parameters), "lr": lr if lr_head is None else lr_head, **options}] if parameters else []
+    return (
+        [{"params": list(parameters), "lr": lr if lr_head is None else lr_head, **options}]
+        if parameters
+        else []
+    )
 
 
 def fixed_mask(
@@ -207,7 +223,9 @@ def fixed_mask(
         One; the model is an ordinary one again when the iteration ends.
     """
     with masked(model, selection, dense=tuple(head_weights(model, head))) as training:
-        groups: list[Group] = [{"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}]
+        groups: list[Group] = [
+            {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
+        ]
         groups += head_group(training.dense_parameters(), lr, lr_head, weight_decay=weight_decay)
         yield Phase(name, groups, epochs, selection=selection)
 

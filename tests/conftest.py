@@ -5,13 +5,18 @@ import os
 import pytest
 import torch
 
-# Before any test imports transformers: a test that reaches for a model hub fails at once instead of hanging.
+# Before any test imports transformers: a test that reaches for a model hub fails at once instead of
+# hanging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_addoption(parser):
     """In a run of its own: the pretended accelerator is one for the whole process."""
-    parser.addoption("--pretend", action="store_true", help="run what is marked gpu, alone, on a pretended accelerator")
+    parser.addoption(
+        "--pretend",
+        action="store_true",
+        help="run what is marked gpu, alone, on a pretended accelerator",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

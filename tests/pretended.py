@@ -1,6 +1,7 @@
 """A pretended accelerator: its tensors keep their numbers on the CPU, and refuse to meet tensors that are there.
 
-CI has no GPU. On this one a tensor that was made on the wrong device, or was left on the CPU, fails as on a real one.
+CI has no GPU. On this one a tensor that was made on the wrong device, or was left on the CPU, fails
+as on a real one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 NAME = "pretended"
 aten = torch.ops.aten
 MOVES = {aten.copy_, aten._to_copy}  # from device to device
-INDEXES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # positions may lie on the CPU
+INDEXES = {
+    aten.index,
+    aten.index_put,
+    aten.index_put_,
+    aten._index_put_impl_,
+}  # positions may lie on the CPU
 
 
 @contextmanager
@@ -38,7 +47,9 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> Pretended:
         strides = held.stride() if held.layout == torch.strided else None
-        made = Tensor._make_wrapper_subclass(cls, held.shape, strides=strides, dtype=held.dtype, device=f"{NAME}:0")
+        made = Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=strides, dtype=held.dtype, device=f"{NAME}:0"
+        )
         made.held = held
         return made
 
@@ -47,7 +58,9 @@ class Pretended(Tensor):
         return ["held"], None
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Pretended:
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, size: Any, stride: Any
+    ) -> Pretended:
         return Pretended(inner["held"])
 
     @classmethod
@@ -95,7 +108,9 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
     if here and packet not in MOVES:
         for t in (args[0], *args[2:]) if packet in INDEXES else given:
             if isinstance(t, Tensor) and not isinstance(t, Pretended) and t.dim() > 0:
-                raise RuntimeError(f"{func} takes tensors of one device, and found {NAME}:0 and {t.device}")
+                raise RuntimeError(
+                    f"{func} takes tensors of one device, and found {NAME}:0 and {t.device}"
+                )
     if kwargs.get("device") is not None:
         stays = _is_here(kwargs["device"])
         kwargs = {**kwargs, "device": "cpu"} if stays else kwargs
@@ -103,7 +118,11 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
         stays = isinstance(args[0], Pretended) if packet is aten.copy_ else bool(here)
     found = func(*_held(args), **_held(kwargs))
     # What was changed in place is given back as the tensor that was given.
-    return tree_map_only(Tensor, lambda t: here[id(t)] if id(t) in here else Pretended(t), found) if stays else found
+    return (
+        tree_map_only(Tensor, lambda t: here[id(t)] if id(t) in here else Pretended(t), found)
+        if stays
+        else found
+    )
 
 
 def _held(tree: Any) -> Any:

@@ -18,18 +18,24 @@ class MarkChinese(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         """Split every text node of prose that holds Chinese."""
         for text in list(self.document.findall(nodes.Text)):
-            if isinstance(text.parent, (nodes.literal, nodes.literal_block, nodes.raw)) or not HAN.search(text):
+            if isinstance(
+                text.parent, (nodes.literal, nodes.literal_block, nodes.raw)
+            ) or not HAN.search(text):
                 continue
             # docutils turns the class language-zh into the attribute lang="zh"
             parts = [
-                nodes.inline(part, part, classes=["language-zh"]) if HAN.match(part) else nodes.Text(part)
+                nodes.inline(part, part, classes=["language-zh"])
+                if HAN.match(part)
+                else nodes.Text(part)
                 for part in HAN.split(text.astext())
                 if part
             ]
             text.parent.replace(text, parts)
 
 
-def keep_scripts_once(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def keep_scripts_once(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
     """Drop thebe (it would load from a network) and inline scripts listed twice (a second ``let`` is an error)."""
     seen: set[str] = set()
     kept = []
@@ -51,7 +57,9 @@ MARKUP = {
 }
 
 
-def correct_markup(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def correct_markup(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
     """Correct the roles, names and ids of a page's body."""
     for wrong, right in MARKUP.items():
         context["body"] = context.get("body", "").replace(wrong, right)

@@ -1,6 +1,7 @@
 """Copy the scripts and fonts that the built pages carry out of ``node_modules``.
 
-``npm ci --prefix book`` has checked every package against the hashes of ``package-lock.json`` before this runs.
+``npm ci --prefix book`` has checked every package against the hashes of ``package-lock.json``
+before this runs.
 
     python book/_ext/vendor.py FOLDER      # FOLDER: the ``_assets/vendor`` of the tree that Sphinx will read
 """
@@ -54,7 +55,9 @@ def vendor(destination: Path, modules: Path = MODULES) -> list[Path]:
         for pattern in patterns:
             found = sorted(modules.glob(pattern))
             if not found:
-                raise FileNotFoundError(f"no file matches {pattern} in {modules}: run `npm ci --prefix book` first")
+                raise FileNotFoundError(
+                    f"no file matches {pattern} in {modules}: run `npm ci --prefix book` first"
+                )
             plan.extend((source, destination / folder / source.name) for source in found)
     shutil.rmtree(destination, ignore_errors=True)
     for source, target in plan:
@@ -64,10 +67,16 @@ def vendor(destination: Path, modules: Path = MODULES) -> list[Path]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Copy MathJax, the widget manager and the fonts out of node_modules.")
-    parser.add_argument("destination", type=Path, help="the _assets/vendor folder of the tree that Sphinx will read")
+    parser = argparse.ArgumentParser(
+        description="Copy MathJax, the widget manager and the fonts out of node_modules."
+    )
+    parser.add_argument(
+        "destination", type=Path, help="the _assets/vendor folder of the tree that Sphinx will read"
+    )
     try:
         written = vendor(parser.parse_args().destination)
     except FileNotFoundError as error:
         sys.exit(str(error))
-    print(f"vendored {len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB")
+    print(
+        f"vendored {len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB"
+    )

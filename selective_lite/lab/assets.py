@@ -123,9 +123,11 @@ def asset(name: str) -> Path:
     Raises
     ------
     ValueError
-        If the name is unknown, or a fetched file's SHA-256 is not the pinned one (nothing is unpacked).
+        If the name is unknown, or a fetched file's SHA-256 is not the pinned one (nothing is
+        unpacked).
     FileNotFoundError
-        If the asset is not in the cache and cannot be fetched; the message says how to fill the cache by hand.
+        If the asset is not in the cache and cannot be fetched; the message says how to fill the
+        cache by hand.
     """
     if name not in ASSETS:
         raise ValueError(f"asset name={name!r} is unknown; choose one of {tuple(ASSETS)}")
@@ -153,7 +155,9 @@ def verify(file: Path, sha256: str) -> None:
     """Raise a `ValueError` unless a file has the SHA-256 that is pinned."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != sha256:
-        raise ValueError(f"{file.name} has SHA-256 {digest}, pinned is {sha256}; do not use it, fetch it again")
+        raise ValueError(
+            f"{file.name} has SHA-256 {digest}, pinned is {sha256}; do not use it, fetch it again"
+        )
 
 
 def _fetch(wanted: Asset, scratch: Path) -> Path:
@@ -191,7 +195,9 @@ def _member(file: Path | io.BytesIO, member: str) -> bytes:
         with zipfile.ZipFile(file) as archive:
             content = archive.read(outer)
     else:
-        with tarfile.open(fileobj=io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file) as archive:
+        with tarfile.open(
+            fileobj=io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file
+        ) as archive:
             content = archive.extractfile(outer).read()  # type: ignore[union-attr]
     return _member(io.BytesIO(content), inner) if inner else content
 

@@ -43,7 +43,9 @@ def show(name: str, names: Mapping[str, str]) -> list[Row]:
     assert stale(rows) == [], "the library has changed since: run make results"
     print(table(rows, names))
     print("not in results:", missing(rows, names))
-    print(f"{rows[0]['tested']:,} test examples; the commoner answer alone: {rows[0]['majority']:.1%}")
+    print(
+        f"{rows[0]['tested']:,} test examples; the commoner answer alone: {rows[0]['majority']:.1%}"
+    )
     with plots.figure(alt=described(rows, names), height=3.6) as (_, ax):
         draw(ax, rows, names)
     return rows
@@ -53,7 +55,9 @@ def forest(differences: Iterable[tuple[str, float, float, float]]) -> None:
     """Draw paired differences, ``(label, points, low, high)``, with their intervals, and print what each says."""
     differences = list(differences)
     said = sentences(differences)
-    alt = "Paired differences of test accuracy in points, 95 % intervals. " + said.replace("\n", "; ")
+    alt = "Paired differences of test accuracy in points, 95 % intervals. " + said.replace(
+        "\n", "; "
+    )
     with plots.figure(alt=alt, height=1.0 + 0.3 * len(differences), width=6.6) as (_, ax):
         plots.interval(ax, differences, unit="points")
     print(said)
@@ -79,14 +83,18 @@ def summaries(rows: Iterable[Row], method: str) -> list[Summary]:
         accuracy = 100 * np.array([row["accuracy"] for row in runs])
         trained = float(np.mean([row["trained"] for row in runs]))
         spread = accuracy.mean(), accuracy.min(), accuracy.max()
-        found.append(Summary(budget, runs[0]["config"]["lr"], len(runs), trained, *map(float, spread)))
+        found.append(
+            Summary(budget, runs[0]["config"]["lr"], len(runs), trained, *map(float, spread))
+        )
     return found
 
 
 def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
     """A line a method and budget: rate, trained weights, seeds, test accuracy."""
     rows = list(rows)
-    lines = [f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   test accuracy: mean [lowest, highest seed]"]
+    lines = [
+        f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   test accuracy: mean [lowest, highest seed]"
+    ]
     for method, name in names.items():
         for budget, rate, seeds, trained, mean, lowest, highest in summaries(rows, method):
             size = budget if isinstance(budget, str) else f"{budget:.2%}"
@@ -118,7 +126,9 @@ def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
         found = summaries(rows, method)
         if not found:
             continue
-        size, mean, low, high = np.array([(s.trained, s.mean, s.lowest, s.highest) for s in found]).T
+        size, mean, low, high = np.array(
+            [(s.trained, s.mean, s.lowest, s.highest) for s in found]
+        ).T
         if method == "full":
             ax.axhspan(low[0], high[0], color=plots.GREY, alpha=0.2, linewidth=0)
             ax.axhline(mean[0], color=plots.GREY, linestyle="--", linewidth=1.2, label=name)
@@ -142,7 +152,11 @@ def described(rows: Iterable[Row], names: Mapping[str, str]) -> str:
         for method, name in names.items()
         for found in reversed(summaries(rows, method))
     ]
-    return "Test accuracy against trained weights, mean and range over seeds: " + "; ".join(parts) + "."
+    return (
+        "Test accuracy against trained weights, mean and range over seeds: "
+        + "; ".join(parts)
+        + "."
+    )
 
 
 def missing(rows: Iterable[Row], names: Mapping[str, str]) -> str:
@@ -156,7 +170,8 @@ def paired(
 ) -> list[tuple[str, float, float, float]]:
     """Paired differences ``(label, points, low, high)``, as `plots.interval` draws them, at each budget that has both.
 
-    Full fine-tuning is compared with every budget, and a rule of its own size with every budget of the other.
+    Full fine-tuning is compared with every budget, and a rule of its own size with every budget of
+    the other.
     """
     rows, found = list(rows), []
     for ours, theirs in pairs:

@@ -26,8 +26,8 @@ def device() -> torch.device:
     Returns
     -------
     torch.device
-        The environment variable ``SELECTIVE_LITE_DEVICE`` overrides the choice: ``cpu``, ``mps``, ``cuda``,
-        ``cuda:1``.
+        The environment variable ``SELECTIVE_LITE_DEVICE`` overrides the choice: ``cpu``, ``mps``,
+        ``cuda``, ``cuda:1``.
 
     Raises
     ------
@@ -42,9 +42,13 @@ def device() -> torch.device:
     except RuntimeError:
         chosen = None
     if chosen is None or chosen.type not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"{VARIABLE}={wanted!r} names no device; set it to cpu, mps, cuda or cuda:N, or unset it")
+        raise ValueError(
+            f"{VARIABLE}={wanted!r} names no device; set it to cpu, mps, cuda or cuda:N, or unset it"
+        )
     if (chosen.index or 0) >= _available(chosen.type):
-        raise ValueError(f"{VARIABLE}={wanted!r}: this machine has no such device; set it to cpu, or unset it")
+        raise ValueError(
+            f"{VARIABLE}={wanted!r}: this machine has no such device; set it to cpu, or unset it"
+        )
     return chosen
 
 

@@ -45,7 +45,10 @@ class ImageBatches(Batches):
 
     def batch(self, group: list[int]) -> dict[str, Tensor]:
         """The pixels and labels of these images."""
-        return {"pixel_values": 2 * self.split.pixels[group] - 1, "labels": self.split.labels[group]}
+        return {
+            "pixel_values": 2 * self.split.pixels[group] - 1,
+            "labels": self.split.labels[group],
+        }
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Digits:
 
     def map(self, shift: Callable[[Images], Images]) -> Digits:
         """The same splits with every image, or label, changed: ``digits.map(inverted)``."""
-        return Digits(*(shift(images) for images in (self.pretrain, self.train, self.validation, self.test)))
+        return Digits(
+            *(shift(images) for images in (self.pretrain, self.train, self.validation, self.test))
+        )
 
 
 def load_digits(
@@ -86,16 +91,22 @@ def load_digits(
     ValueError
         If a split would be empty.
     """
-    rows = torch.from_numpy(np.loadtxt(asset("mnist") / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8))
+    rows = torch.from_numpy(
+        np.loadtxt(asset("mnist") / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
+    )
     sizes = [pretrain, train, validation, len(rows) - pretrain - train - validation]
     if min(sizes) < 1:
         raise ValueError(
             f"pretrain={pretrain}, train={train}, validation={validation} leave {sizes[-1]} of {len(rows)} images for "
             "the test split; give at least 1 to each"
         )
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))].to(place or device())
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))].to(
+        place or device()
+    )
     pixels, labels = rows[:, :-1].reshape(-1, 1, SIDE, SIDE).float() / 255, rows[:, -1].long()
-    return Digits(*(Images(x, y) for x, y in zip(pixels.split(sizes), labels.split(sizes), strict=True)))
+    return Digits(
+        *(Images(x, y) for x, y in zip(pixels.split(sizes), labels.split(sizes), strict=True))
+    )
 
 
 def rotated(images: Images, degrees: float) -> Images:
@@ -103,7 +114,9 @@ def rotated(images: Images, degrees: float) -> Images:
     angle = torch.tensor(degrees, device=images.pixels.device).deg2rad()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])
-    grid = functional.affine_grid(turn.expand(len(images), 2, 3), list(images.pixels.shape), align_corners=False)
+    grid = functional.affine_grid(
+        turn.expand(len(images), 2, 3), list(images.pixels.shape), align_corners=False
+    )
     return replace(images, pixels=functional.grid_sample(images.pixels, grid, align_corners=False))
 
 
@@ -118,7 +131,9 @@ def noisy(images: Images, scale: float, seed: int = 0) -> Images:
     The noise is drawn once, from `seed`, on the CPU.
     """
     noise = torch.randn(images.pixels.shape, generator=torch.Generator().manual_seed(seed))
-    return replace(images, pixels=(images.pixels + scale * noise.to(images.pixels.device)).clamp(0, 1))
+    return replace(
+        images, pixels=(images.pixels + scale * noise.to(images.pixels.device)).clamp(0, 1)
+    )
 
 
 def relabelled(images: Images, names: list[int]) -> Images:
@@ -130,12 +145,20 @@ def relabelled(images: Images, names: list[int]) -> Images:
         If `names` does not name each of the ten digits.
     """
     if len(names) != CLASSES:
-        raise ValueError(f"names holds {len(names)} labels; give one for each of the {CLASSES} digits")
+        raise ValueError(
+            f"names holds {len(names)} labels; give one for each of the {CLASSES} digits"
+        )
     return replace(images, labels=torch.tensor(names, device=images.labels.device)[images.labels])
 
 
 def digit_classifier(
-    *, labels: int = CLASSES, patch: int = 7, hidden: int = 64, layers: int = 3, heads: int = 4, seed: int = 0
+    *,
+    labels: int = CLASSES,
+    patch: int = 7,
+    hidden: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    seed: int = 0,
 ) -> Any:
     """A small ``ViTForImageClassification``, drawn from `seed`, for (B, 1, 28, 28) images.
 
@@ -144,9 +167,11 @@ def digit_classifier(
     labels
         Number of classes.
     patch
-        Side of a patch in pixels, a divisor of 28; an image becomes ``(28 / patch) ** 2`` tokens and a class token.
+        Side of a patch in pixels, a divisor of 28; an image becomes ``(28 / patch) ** 2`` tokens
+        and a class token.
     hidden, layers, heads
-        Width, a multiple of `heads`; depth; attention heads of a layer. The feed-forward part is twice as wide.
+        Width, a multiple of `heads`; depth; attention heads of a layer. The feed-forward part is
+        twice as wide.
     seed
         Of the weights; the global generator is left as it was.
 
@@ -163,7 +188,9 @@ def digit_classifier(
     from transformers import ViTConfig, ViTForImageClassification
 
     if SIDE % patch or hidden % heads:
-        raise ValueError(f"patch={patch} must divide {SIDE}, and heads={heads} must divide hidden={hidden}")
+        raise ValueError(
+            f"patch={patch} must divide {SIDE}, and heads={heads} must divide hidden={hidden}"
+        )
     config = ViTConfig(
         image_size=SIDE,
         patch_size=patch,

@@ -39,11 +39,17 @@ def start(config: Config) -> tuple[Any, Task]:
     model, tokenizer = load_classifier(seed=config["seed"])
     device = next(model.parameters()).device
     return model, load_task(
-        config["task"], tokenizer, train=config["train"], validation=config["validation"], device=device
+        config["task"],
+        tokenizer,
+        train=config["train"],
+        validation=config["validation"],
+        device=device,
     )
 
 
-def train(model: Any, split: Split, config: Config, method: Iterable[Phase], **options: Any) -> list[dict[str, Any]]:
+def train(
+    model: Any, split: Split, config: Config, method: Iterable[Phase], **options: Any
+) -> list[dict[str, Any]]:
     """Fit with a config's batches of a split and the optimizer of all runs."""
     batches = split.batches(config["batch"], seed=config["seed"])
     return fit(model, method, batches, optimizer=OPTIMIZER, **options)
@@ -52,10 +58,18 @@ def train(model: Any, split: Split, config: Config, method: Iterable[Phase], **o
 def losses(config: Config, steps: int = FIRST) -> list[float]:
     """Repeat the first steps of a row: the task losses, to be compared with the row's ``first_losses``."""
     model, task = start(config)
-    return first_losses(model, task.train, config, RECIPES[config["method"]](model, task, config, config["lr"]), steps)
+    return first_losses(
+        model,
+        task.train,
+        config,
+        RECIPES[config["method"]](model, task, config, config["lr"]),
+        steps,
+    )
 
 
-def first_losses(model: Any, split: Split, config: Config, method: Iterable[Phase], steps: int) -> list[float]:
+def first_losses(
+    model: Any, split: Split, config: Config, method: Iterable[Phase], steps: int
+) -> list[float]:
     """The task losses of a method's first steps; training ends there."""
     found: list[float] = []
 
@@ -87,7 +101,9 @@ def repeat(row: results.Row, steps: int = 2) -> str:
         if wish is not None:
             os.environ[VARIABLE] = wish
     torch.testing.assert_close(again, row["first_losses"][:steps], rtol=1e-3, atol=0.0)
-    recorded, repeated = (", ".join(f"{loss:.6f}" for loss in found) for found in (row["first_losses"][:steps], again))
+    recorded, repeated = (
+        ", ".join(f"{loss:.6f}" for loss in found) for found in (row["first_losses"][:steps], again)
+    )
     return f"{row['config']['method']}: recorded {recorded}; repeated {repeated}"
 
 
@@ -136,13 +152,17 @@ def sweep(config: Config) -> results.Row:
         model = copy.deepcopy(untuned)
         method = recipe(model, task, config, lr)
         if chosen is not None and chosen.selection is not None:
-            method = fixed_mask(model, chosen.selection, lr=lr, lr_head=LR_HEAD, epochs=chosen.epochs)
+            method = fixed_mask(
+                model, chosen.selection, lr=lr, lr_head=LR_HEAD, epochs=chosen.epochs
+            )
         train(model, task.train, config, method)
         accuracy[lr] = evaluate(model, task.validation)["accuracy"]
     return {"validation": list(accuracy.values()), **_selected(chosen or first)}
 
 
-def climb(rates: Iterable[float], accuracy: Callable[[float], float], cliff: float = 0.1) -> dict[float, float]:
+def climb(
+    rates: Iterable[float], accuracy: Callable[[float], float], cliff: float = 0.1
+) -> dict[float, float]:
     """Validation accuracy at rates from small to large, up to the first that loses `cliff` against the best so far.
 
     Such a rate has failed, and larger ones do too.
@@ -175,4 +195,8 @@ def _selected(phase: Phase) -> results.Row:
     selection = phase.selection
     if selection is None:
         return {}
-    return {"selected": selection.count, "total": selection.total, "per_tensor": selection.per_tensor()}
+    return {
+        "selected": selection.count,
+        "total": selection.total,
+        "per_tensor": selection.per_tensor(),
+    }

@@ -32,15 +32,17 @@ def frame(fig: Figure) -> bytes:
     Returns
     -------
     bytes
-        At most three quarters of ``FRAME_BYTES`` (base64 adds a third), at the highest resolution tried that fits,
-        from 150 down to 80 dots an inch.
+        At most three quarters of ``FRAME_BYTES`` (base64 adds a third), at the highest resolution
+        tried that fits, from 150 down to 80 dots an inch.
 
     Raises
     ------
     ValueError
         The figure does not fit even at 80 dots an inch.
     """
-    limit = (FRAME_BYTES - 600) * 3 // 4  # 600 characters are kept for the markup and the alternative text
+    limit = (
+        (FRAME_BYTES - 600) * 3 // 4
+    )  # 600 characters are kept for the markup and the alternative text
     dpi = 150.0
     while True:
         data = plots.png(fig, dpi, tints=24)
@@ -50,7 +52,8 @@ def frame(fig: Figure) -> bytes:
             raise ValueError(
                 f"fig takes {len(data)} bytes at {dpi:.0f} dpi, over {limit}: draw fewer marks or a smaller figure"
             )
-        # Bytes grow about linearly with dpi for line art: aim a little under the limit, but always step down.
+        # Bytes grow about linearly with dpi for line art: aim a little under the limit, but always
+        # step down.
         dpi = max(80.0, min(0.95 * dpi * limit / len(data), dpi - 10))
 
 
@@ -83,7 +86,10 @@ def _switch(control: Any, trait: str, pages: list[Any]) -> Any:
 
 
 def explorer(
-    title: str, axes: Mapping[str, Sequence[tuple[str, Figure]]], alt: Alt, start: Mapping[str, int] | None = None
+    title: str,
+    axes: Mapping[str, Sequence[tuple[str, Figure]]],
+    alt: Alt,
+    start: Mapping[str, int] | None = None,
 ) -> widgets.VBox:
     """Make a picture that a reader moves along one axis at a time.
 
@@ -101,12 +107,14 @@ def explorer(
     Returns
     -------
     ipywidgets.VBox
-        Last in a cell, it shows itself. Its controls are linked in the browser, so it works in the built page.
+        Last in a cell, it shows itself. Its controls are linked in the browser, so it works in the
+        built page.
 
     Raises
     ------
     ValueError
-        No axis, an axis with no frame or more than 15, texts that do not match the frames, or a frame over 15 kB.
+        No axis, an axis with no frame or more than 15, texts that do not match the frames, or a
+        frame over 15 kB.
     """
     if not axes:
         raise ValueError("axes is empty: give at least one axis with its frames")
@@ -116,8 +124,13 @@ def explorer(
             raise ValueError(f"axes[{axis!r}] has {len(presets)} frames: give 1 to {MAX_FRAMES}")
         texts = [alt(axis, label) for label, _ in presets] if callable(alt) else list(alt[axis])
         if len(texts) != len(presets):
-            raise ValueError(f"alt[{axis!r}] has {len(texts)} texts for {len(presets)} frames: give one each")
-        pages = [_frame_html(axis, label, fig, text) for (label, fig), text in zip(presets, texts, strict=True)]
+            raise ValueError(
+                f"alt[{axis!r}] has {len(texts)} texts for {len(presets)} frames: give one each"
+            )
+        pages = [
+            _frame_html(axis, label, fig, text)
+            for (label, fig), text in zip(presets, texts, strict=True)
+        ]
         first = (start or {}).get(axis, 0)
         slider = widgets.IntSlider(
             value=first,
@@ -133,7 +146,8 @@ def explorer(
     layout = {"width": "100%", "max_width": f"{round(plots.WIDTH * plots.CSS_PIXELS) + 40}px"}
     if len(panels) == 1:
         return widgets.VBox([heading, panels[0]], layout=layout)
-    # A drop-down is a native <select>: screen readers announce it and its choice, which toggle buttons do not do.
+    # A drop-down is a native <select>: screen readers announce it and its choice, which toggle
+    # buttons do not do.
     choice = widgets.Dropdown(options=list(axes), index=0, description="move along")
     return widgets.VBox([heading, choice, _switch(choice, "index", panels)], layout=layout)
 
@@ -146,7 +160,9 @@ def _canvas(height: float, **margins: float) -> Figure:
     return fig
 
 
-def stretched_cdf(x: np.ndarray, log_alpha: float, beta: float, left: float, right: float) -> np.ndarray:
+def stretched_cdf(
+    x: np.ndarray, log_alpha: float, beta: float, left: float, right: float
+) -> np.ndarray:
     """P(stretched gate <= x) before clamping, for x strictly between left and right (Louizos et al. 2018, sec. 2.2).
 
     Parameters
@@ -167,7 +183,9 @@ def stretched_cdf(x: np.ndarray, log_alpha: float, beta: float, left: float, rig
     return 1 / (1 + np.exp(log_alpha - beta * (np.log(s) - np.log1p(-s))))
 
 
-def stretched_density(x: np.ndarray, log_alpha: float, beta: float, left: float, right: float) -> np.ndarray:
+def stretched_density(
+    x: np.ndarray, log_alpha: float, beta: float, left: float, right: float
+) -> np.ndarray:
     """Density of the stretched gate before clamping: the derivative of `stretched_cdf`, same arguments."""
     s = (np.asarray(x, dtype=float) - left) / (right - left)
     q = stretched_cdf(x, log_alpha, beta, left, right)
@@ -189,7 +207,9 @@ def _density_figure(at: Mapping[str, float], limits: tuple[float, float]) -> Fig
     zero, one = point_masses(**at)
     with plots.style():
         ax = fig.subplots()
-        ax.fill_between(x, y, where=(x >= 0) & (x <= 1), color=plots.PALETTE[0], alpha=0.25, linewidth=0)
+        ax.fill_between(
+            x, y, where=(x >= 0) & (x <= 1), color=plots.PALETTE[0], alpha=0.25, linewidth=0
+        )
         for tail in (x <= 0, x >= 1):
             ax.fill_between(x, y, where=tail, color=plots.PALETTE[1], alpha=0.3, linewidth=0)
         ax.plot(x, y, "-", color=plots.PALETTE[0])
@@ -203,7 +223,12 @@ def _density_figure(at: Mapping[str, float], limits: tuple[float, float]) -> Fig
     return fig
 
 
-DENSITY_BASE = {"log_alpha": 0.0, "beta": 2 / 3, "left": -0.1, "right": 1.1}  # Louizos et al.'s temperature and stretch
+DENSITY_BASE = {
+    "log_alpha": 0.0,
+    "beta": 2 / 3,
+    "left": -0.1,
+    "right": 1.1,
+}  # Louizos et al.'s temperature and stretch
 DENSITY_PRESETS = {
     "log_alpha": (-5.0, -3.0, -1.0, 0.0, 1.0, 3.0, 5.0),
     "beta": (0.1, 1 / 3, 2 / 3, 1.0, 1.5, 2.0),
@@ -244,7 +269,9 @@ def density_explorer(base: Mapping[str, float] = DENSITY_BASE) -> widgets.VBox:
         raise ValueError(f"base has {sorted(base)}: give log_alpha, beta, left and right")
     check_stretch((base["left"], base["right"]))
     if base["beta"] <= 0:
-        raise ValueError(f"base['beta']={base['beta']} must be positive; 2/3 is the authors' temperature")
+        raise ValueError(
+            f"base['beta']={base['beta']} must be positive; 2/3 is the authors' temperature"
+        )
     axes, texts, start = {}, {}, {}
     for name, values in DENSITY_PRESETS.items():
         presets = sorted({*values, base[name]})
@@ -270,7 +297,8 @@ def budget_explorer(
     Parameters
     ----------
     scores : dict of str to tensor, or list of (label, Selection)
-        Scores, from which the largest are selected at every budget; or selections that are already made.
+        Scores, from which the largest are selected at every budget; or selections that are already
+        made.
     budgets : sequence of float or int
         Fractions or counts, used with scores only.
     title : str
@@ -281,7 +309,8 @@ def budget_explorer(
     """
     if isinstance(scores, Mapping):
         chosen: list[tuple[str, plots.Selected]] = [
-            (f"{100 * b:g} %" if isinstance(b, float) else f"{b:,} weights", select(scores, b)) for b in budgets
+            (f"{100 * b:g} %" if isinstance(b, float) else f"{b:,} weights", select(scores, b))
+            for b in budgets
         ]
     else:
         chosen = list(scores)
@@ -303,12 +332,16 @@ def budget_explorer(
 def _leak_figure(drifts: Mapping[str, np.ndarray], selected: np.ndarray, norm: Any) -> Figure:
     """One heat map of drift a variant, side by side, on a common scale."""
     fig = _canvas(2.75, left=0.03, right=0.86, bottom=0.05, top=0.86, wspace=0.08)
-    shades = colors.LinearSegmentedColormap.from_list("drift", ["#F3E3D8", plots.PALETTE[1], "#4A1400"], N=8)
+    shades = colors.LinearSegmentedColormap.from_list(
+        "drift", ["#F3E3D8", plots.PALETTE[1], "#4A1400"], N=8
+    )
     colormap = shades.with_extremes(under="white")
     with plots.style():
         axes = fig.subplots(1, len(drifts), squeeze=False)[0]
         for ax, (variant, drift) in zip(axes, drifts.items(), strict=True):
-            picture = ax.imshow(drift, cmap=colormap, norm=norm, interpolation="nearest", aspect="auto")
+            picture = ax.imshow(
+                drift, cmap=colormap, norm=norm, interpolation="nearest", aspect="auto"
+            )
             # The mask on top, in grey: those weights are meant to move.
             grey = np.where(selected, 1.0, np.nan)
             ax.imshow(grey, cmap="gray", vmin=0, vmax=2, interpolation="nearest", aspect="auto")
@@ -338,11 +371,13 @@ def leak_explorer(
     Parameters
     ----------
     traces : dict of str to array, or dict of str to such a dict
-        For each variant (``"naive AdamW"``, ``"compact"``) the values, or the absolute changes, of the weights of one
-        matrix: shape (T, rows, columns), at T moments, the first before training. Changes are taken against the first
-        moment. A dict of such dicts gives one axis of the explorer a cause (``"weight decay"``, ``"old momentum"``).
+        For each variant (``"naive AdamW"``, ``"compact"``) the values, or the absolute changes, of
+        the weights of one matrix: shape (T, rows, columns), at T moments, the first before
+        training. Changes are taken against the first moment. A dict of such dicts gives one axis of
+        the explorer a cause (``"weight decay"``, ``"old momentum"``).
     selected : bool array, shape (rows, columns), optional
-        The mask. These weights are meant to move: they are drawn grey and not counted. By default none.
+        The mask. These weights are meant to move: they are drawn grey and not counted. By default
+        none.
     steps : sequence of int, shape (T,), optional
         The step of each moment; by default 0, 1, 2 ... More than 11 moments are thinned to 11.
     title : str
@@ -363,10 +398,18 @@ def leak_explorer(
         values = {name: np.asarray(trace, dtype=float) for name, trace in variants.items()}
         shapes = {trace.shape for trace in values.values()}
         if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or not shape[0]:
-            raise ValueError(f"traces of {cause!r}: give arrays (T, rows, columns) of one shape, T at least 1")
-        mask = np.zeros(shape[1:], dtype=bool) if selected is None else np.asarray(selected, dtype=bool)
+            raise ValueError(
+                f"traces of {cause!r}: give arrays (T, rows, columns) of one shape, T at least 1"
+            )
+        mask = (
+            np.zeros(shape[1:], dtype=bool)
+            if selected is None
+            else np.asarray(selected, dtype=bool)
+        )
         if mask.shape != shape[1:] or mask.all():
-            raise ValueError(f"selected has shape {mask.shape}: give {shape[1:]}, with at least one weight unselected")
+            raise ValueError(
+                f"selected has shape {mask.shape}: give {shape[1:]}, with at least one weight unselected"
+            )
         when = list(range(shape[0])) if steps is None else list(steps)
         if len(when) != shape[0]:
             raise ValueError(f"steps has {len(when)} entries for {shape[0]} moments: give one each")
@@ -376,12 +419,17 @@ def leak_explorer(
         moments = np.unique(np.linspace(0, shape[0] - 1, min(11, shape[0])).round().astype(int))
         axis = cause if cause == "step" else f"step ({cause})"
         axes[axis] = [
-            (str(when[t]), _leak_figure({name: drift[t] for name, drift in drifts.items()}, mask, norm))
+            (
+                str(when[t]),
+                _leak_figure({name: drift[t] for name, drift in drifts.items()}, mask, norm),
+            )
             for t in moments
         ]
         texts[axis] = [
             f"Change of each unselected weight after {when[t]} steps: "
-            + "; ".join(f"{name}, {_largest(drift[t][~mask].max())}" for name, drift in drifts.items())
+            + "; ".join(
+                f"{name}, {_largest(drift[t][~mask].max())}" for name, drift in drifts.items()
+            )
             + "."
             for t in moments
         ]

@@ -71,23 +71,38 @@ def load_texts(
     Raises
     ------
     ValueError
-        As in `load_task`; if fewer than `test` texts remain, or if the tokenizer has no token that starts a text.
+        As in `load_task`; if fewer than `test` texts remain, or if the tokenizer has no token that
+        starts a text.
     """
     start = tokenizer.bos_token_id
     if start is None:
-        raise ValueError("tokenizer has no bos_token, which starts a text; give that of a language model, or set it")
+        raise ValueError(
+            "tokenizer has no bos_token, which starts a text; give that of a language model, or set it"
+        )
     task = load_task(
-        name, tokenizer, train=train, validation=validation, seed=seed, max_length=max_length, device=device
+        name,
+        tokenizer,
+        train=train,
+        validation=validation,
+        seed=seed,
+        max_length=max_length,
+        device=device,
     )
     if not 1 <= test <= len(task.test):
-        raise ValueError(f"test={test} must be from 1 to {len(task.test)}, what train and validation leave of {name}")
+        raise ValueError(
+            f"test={test} must be from 1 to {len(task.test)}, what train and validation leave of {name}"
+        )
 
     def behind(split: Split, count: int) -> Sequences:
         tokens = [[start, *text] for text in split.tokens[:count]]
         parts = (split.texts[:count], split.labels[:count], split.documents[:count])
         return Sequences(*parts, tokens, split.padding, split.device)
 
-    splits = ((task.train, len(task.train)), (task.validation, len(task.validation)), (task.test, test))
+    splits = (
+        (task.train, len(task.train)),
+        (task.validation, len(task.validation)),
+        (task.test, test),
+    )
     return Texts(*(behind(split, count) for split, count in splits))
 
 
@@ -98,7 +113,8 @@ def bits(model: nn.Module, split: Sequences, batch_size: int = 8) -> tuple[Tenso
     Returns
     -------
     cost
-        Bits, float64 of shape (texts,), on CPU, in the split's order: the sum of -log2 p(token | those before).
+        Bits, float64 of shape (texts,), on CPU, in the split's order: the sum of -log2 p(token |
+        those before).
     tokens
         How many were predicted, int64 of shape (texts,): all but the start.
     """
@@ -111,7 +127,9 @@ def bits(model: nn.Module, split: Sequences, batch_size: int = 8) -> tuple[Tenso
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, :-1].float()
             # (eq-bits)  bits(x) = - sum_t log2 p(x_t | x_<t)
-            nats = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            nats = functional.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            )
             cost[group] = nats.double().sum(1).cpu() / math.log(2)
             tokens[group] = (labels != IGNORED).sum(1).cpu()
     return cost, tokens
@@ -127,7 +145,8 @@ def saved(
 ) -> tuple[float, float, float]:
     """Bits a token that `second` saves over `first`, and the bootstrap 95 % interval; negative where it costs more.
 
-    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the texts that all share.
+    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the texts that all
+    share.
 
     Parameters
     ----------
@@ -148,7 +167,11 @@ def saved(
     ValueError
         If the three do not have the same texts, or the first two the same number of seeds.
     """
-    ours, theirs, count = np.asarray(second, float), np.asarray(first, float), np.asarray(tokens, float)
+    ours, theirs, count = (
+        np.asarray(second, float),
+        np.asarray(first, float),
+        np.asarray(tokens, float),
+    )
     if ours.ndim != 2 or ours.shape != theirs.shape or ours.shape[1:] != count.shape:
         raise ValueError(
             f"first is {theirs.shape}, second {ours.shape}, tokens {count.shape}; give (seeds, texts) twice, (texts,)"
@@ -157,6 +180,8 @@ def saved(
     generator = np.random.default_rng(seed)
     runs = generator.integers(len(difference), size=(draws, len(difference)))
     texts = generator.integers(len(count), size=(draws, len(count)))
-    drawn = np.stack([difference[run][:, text].mean(0).sum() for run, text in zip(runs, texts, strict=True)])
+    drawn = np.stack(
+        [difference[run][:, text].mean(0).sum() for run, text in zip(runs, texts, strict=True)]
+    )
     low, high = np.quantile(drawn / count[texts].sum(1), [0.025, 0.975])
     return float(difference.mean(0).sum() / count.sum()), float(low), float(high)

@@ -1,7 +1,8 @@
 """The language plan: SmolLM2 tuned on tweets, the runs behind the page on language models.
 
-As in `plan`: rates are chosen on the validation split with seed 0, the test split is read once, by a finished row. Run
-this file (part of ``make results``) to run what is missing; where there is a GPU, a larger profile too.
+As in `plan`: rates are chosen on the validation split with seed 0, the test split is read once, by
+a finished row. Run this file (part of ``make results``) to run what is missing; where there is a
+GPU, a larger profile too.
 """
 
 from __future__ import annotations
@@ -30,17 +31,38 @@ from .shipping import sha256
 Config = Mapping[str, Any]
 
 NAME = "language"
-DATA = {"task": "tweets", "train": 192, "validation": 40, "test": 200, "batch": 8, "epochs": 1, "samples": 32}
-LARGE = {**DATA, "train": 1600, "validation": 200, "test": 800, "batch": 32, "epochs": 3, "samples": 256}
+DATA = {
+    "task": "tweets",
+    "train": 192,
+    "validation": 40,
+    "test": 200,
+    "batch": 8,
+    "epochs": 1,
+    "samples": 32,
+}
+LARGE = {
+    **DATA,
+    "train": 1600,
+    "validation": 200,
+    "test": 800,
+    "batch": 32,
+    "epochs": 3,
+    "samples": 256,
+}
 SEEDS = {0.005: (0, 1, 2), 0.0002: (0,)}
-# By half decades, from small to large; a sweep ends at the first that costs more than the best so far.
+# By half decades, from small to large; a sweep ends at the first that costs more than the best so
+# far.
 GRIDS: dict[tuple[str, float], tuple[float, ...]] = {
     ("fish", 0.005): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     ("random", 0.005): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ("fish", 0.0002): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ("random", 0.0002): (3e-2, 1e-1, 3e-1, 1.0, 3.0),
 }
-SHIPPED = {"method": "fish", "budget": 0.0002, "seed": 0}  # the run whose delta is kept beside the rows
+SHIPPED = {
+    "method": "fish",
+    "budget": 0.0002,
+    "seed": 0,
+}  # the run whose delta is kept beside the rows
 
 
 def start(config: Config) -> tuple[Any, Texts]:
@@ -63,10 +85,14 @@ def chosen(model: Any, texts: Texts, config: Config) -> Selection:
     if config["method"] == "random":
         return select(random_scores(model, config["seed"]), config["budget"])
     batches = texts.train.batches(config["batch"], seed=config["seed"])
-    return fish_mask(fisher_information(model, batches, samples=config["samples"]), config["budget"])
+    return fish_mask(
+        fisher_information(model, batches, samples=config["samples"]), config["budget"]
+    )
 
 
-def method(model: Any, selection: Selection, config: Config, lr: float) -> Generator[Phase, None, None]:
+def method(
+    model: Any, selection: Selection, config: Config, lr: float
+) -> Generator[Phase, None, None]:
     """How a config trains a selection."""
     return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
 
@@ -75,7 +101,9 @@ def losses(config: Config, steps: int = FIRST) -> list[float]:
     """Repeat the first steps of a row, as `experiments.losses`."""
     model, texts = start(config)
     selection = chosen(model, texts, config)
-    return first_losses(model, texts.train, config, method(model, selection, config, config["lr"]), steps)
+    return first_losses(
+        model, texts.train, config, method(model, selection, config, config["lr"]), steps
+    )
 
 
 def run(config: Config) -> results.Row:
@@ -85,7 +113,10 @@ def run(config: Config) -> results.Row:
     if config["method"] != "untouched":
         base, selection = snapshot(model), chosen(model, texts, config)
         records = train(model, texts.train, config, method(model, selection, config, config["lr"]))
-        row = {"first_losses": [record["loss"] for record in records[:FIRST]], **_size(base, model, selection, config)}
+        row = {
+            "first_losses": [record["loss"] for record in records[:FIRST]],
+            **_size(base, model, selection, config),
+        }
     cost, tokens = bits(model, texts.test)
     validation, predicted = bits(model, texts.validation)
     return {
@@ -173,7 +204,13 @@ def configs(data: Config = DATA, file: str = NAME) -> Iterator[Config]:
     rates = {(row["config"]["method"], row["config"]["budget"]): rate(row) for row in swept}
     for name, budget in GRIDS:
         for seed in SEEDS[budget]:
-            yield {"method": name, "budget": budget, "seed": seed, "lr": rates[name, budget], **data}
+            yield {
+                "method": name,
+                "budget": budget,
+                "seed": seed,
+                "lr": rates[name, budget],
+                **data,
+            }
 
 
 def everything(name: str, data: Config) -> None:

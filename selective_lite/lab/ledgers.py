@@ -28,7 +28,9 @@ PREDICTED = tuple(LOOKS)[:4]  # activations are measured only
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
-def small_modules(model: nn.Module, names: Sequence[str], *, kind: Kind = "lora", rank: int = 8) -> list[Tensor]:
+def small_modules(
+    model: nn.Module, names: Sequence[str], *, kind: Kind = "lora", rank: int = 8
+) -> list[Tensor]:
     """The tensors that `add_adapters` would add, on the meta device, for ``predicted_ledger(..., beside=...)``.
 
     Arguments and errors as in `add_adapters`.
@@ -62,11 +64,11 @@ def show(measured: Books, predicted: Books | None = None) -> None:
     Parameters
     ----------
     measured
-        ``{label: ledger(...)}``, top to bottom; ``"activations"`` may be among its kinds. Predictions alone are
-        drawn the same way.
+        ``{label: ledger(...)}``, top to bottom; ``"activations"`` may be among its kinds.
+        Predictions alone are drawn the same way.
     predicted
-        ``{label: predicted_ledger(...)}`` for some or all of these labels: ticks across a bar where its parts should
-        end, and a column of the table.
+        ``{label: predicted_ledger(...)}`` for some or all of these labels: ticks across a bar where
+        its parts should end, and a column of the table.
 
     Raises
     ------
@@ -84,12 +86,18 @@ def show(measured: Books, predicted: Books | None = None) -> None:
 def check_books(measured: Books, predicted: Books) -> None:
     """Raise `show`'s errors."""
     if not measured:
-        raise ValueError("measured is empty; give {label: ledger(...)} for one way of training or more")
+        raise ValueError(
+            "measured is empty; give {label: ledger(...)} for one way of training or more"
+        )
     for label, book in (*measured.items(), *predicted.items()):
         if label not in measured:
-            raise ValueError(f"predicted names {label!r}, which is not measured; labels are {list(measured)}")
+            raise ValueError(
+                f"predicted names {label!r}, which is not measured; labels are {list(measured)}"
+            )
         if unknown := sorted(set(book) - set(LOOKS)):
-            raise ValueError(f"the ledger of {label!r} has a kind {unknown[0]!r}; kinds are {list(LOOKS)}")
+            raise ValueError(
+                f"the ledger of {label!r} has a kind {unknown[0]!r}; kinds are {list(LOOKS)}"
+            )
 
 
 def unit(books: Books) -> tuple[str, int]:
@@ -117,7 +125,9 @@ def table(measured: Books, predicted: Books) -> str:
     lines = [f"{name:<{width}}" + "".join(f"{kind:>12}" for kind in (*kinds, "sum"))]
     for label, book in measured.items():
         numbers = [*map(book.get, kinds), sum(book.values())]
-        line = f"{label:<{width}}" + "".join(f"{'-' if n is None else f'{n / size:,.2f}':>12}" for n in numbers)
+        line = f"{label:<{width}}" + "".join(
+            f"{'-' if n is None else f'{n / size:,.2f}':>12}" for n in numbers
+        )
         lines.append(line + (f"   {verdict(book, predicted[label])}" if label in predicted else ""))
     if predicted:
         lines[0] += "   prediction"

@@ -32,9 +32,14 @@ def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -
         The model in evaluation mode, float32, on `device`.
     """
     place = str(asset(source)) if source in ASSETS else source
-    with _quiet(), torch.random.fork_rng(devices=[]):  # the head is new, as it should be: no warning of missing keys
+    with (
+        _quiet(),
+        torch.random.fork_rng(devices=[]),
+    ):  # the head is new, as it should be: no warning of missing keys
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=labels, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            place, num_labels=labels, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(place)
     return model.to(device()).eval(), tokenizer
 
@@ -45,15 +50,18 @@ def load_language_model(source: str = "smollm2") -> tuple[Any, Any]:
     Parameters
     ----------
     source
-        An asset's name, a folder, or a Hugging Face id (which needs the hub). An asset holds quantized weights (GGUF),
-        and they are read as the float32 numbers that they stand for, which needs the package gguf.
+        An asset's name, a folder, or a Hugging Face id (which needs the hub). An asset holds
+        quantized weights (GGUF), and they are read as the float32 numbers that they stand for,
+        which needs the package gguf.
 
     Returns
     -------
     model, tokenizer
         The model in evaluation mode, float32, on `device`.
     """
-    place, options = (asset(source), {"gguf_file": "model.gguf"}) if source in ASSETS else (source, {})
+    place, options = (
+        (asset(source), {"gguf_file": "model.gguf"}) if source in ASSETS else (source, {})
+    )
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)

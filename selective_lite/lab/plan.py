@@ -1,8 +1,8 @@
 """The plan: which runs stand behind the book's figures; a config is the identity of its row.
 
-Every choice is made on the validation split with seed 0 (`rate_configs`); the test split is read once, by a finished
-row. Run this file (``make results``) to run what is missing: the movies, and where there is a GPU, all four domains
-with all seeds.
+Every choice is made on the validation split with seed 0 (`rate_configs`); the test split is read
+once, by a finished row. Run this file (``make results``) to run what is missing: the movies, and
+where there is a GPU, all four domains with all seeds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,17 @@ BUDGETS = (0.005, 0.001)
 # The whole family; what has no budget has its own size.
 FAMILY_BUDGETS = (0.005, 0.0002)
 SHUFFLES = ("shuffled", "fish_shuffled")
-ONE_SEED = ("sara_threshold", "bitfit", "last_layers", "child_tuning_f", "child_tuning_d", "lt_sft", "sora")
-# By half decades; sparser masks want larger rates (Xu and Zhang 2024). Widened until no best rate lay on an edge.
+ONE_SEED = (
+    "sara_threshold",
+    "bitfit",
+    "last_layers",
+    "child_tuning_f",
+    "child_tuning_d",
+    "lt_sft",
+    "sora",
+)
+# By half decades; sparser masks want larger rates (Xu and Zhang 2024). Widened until no best rate
+# lay on an edge.
 GRIDS: dict[tuple[str, float | str], tuple[float, ...]] = {
     ("full", 1.0): (1e-5, 3e-5, 1e-4),
     ("unstructured", 0.005): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -72,7 +81,8 @@ def seeds(method: str, name: str = NAME) -> tuple[int, ...]:
 def rate(sweep: results.Row) -> float:
     """The rate with the best validation accuracy in the mean over itself and its two neighbours in the grid.
 
-    One run at one rate is noisy, and large rates end at a cliff: the single best rate may stand beside it.
+    One run at one rate is noisy, and large rates end at a cliff: the single best rate may stand
+    beside it.
     """
     grid, accuracy = sweep["config"]["grid"], sweep["validation"]
     return grid[max(range(1, len(grid) - 1), key=lambda i: sum(accuracy[i - 1 : i + 2]))]
@@ -108,8 +118,13 @@ def shuffles(config: Config) -> bool:
 
 def everything(name: str, tasks: tuple[str, ...]) -> None:
     """Run what is missing of the sweeps and rows on these tasks: on CPU as many side by side as there are cores."""
-    how: dict[str, Any] = {"workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1, "late": shuffles}
-    results.run_missing(name + "_rates", [c for task in tasks for c in rate_configs(task)], sweep, roots, **how)
+    how: dict[str, Any] = {
+        "workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1,
+        "late": shuffles,
+    }
+    results.run_missing(
+        name + "_rates", [c for task in tasks for c in rate_configs(task)], sweep, roots, **how
+    )
     results.run_missing(name, [c for task in tasks for c in configs(task, name)], run, roots, **how)
 
 

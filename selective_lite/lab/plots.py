@@ -18,8 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's palette (2008): told apart with every common kind of colour vision. Black, then yellow, come last
-# because one dominates a picture and the other is faint on white.
+# Okabe and Ito's palette (2008): told apart with every common kind of colour vision. Black, then
+# yellow, come last because one dominates a picture and the other is faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#767676"
 DASHES = ("-", "--", "-.", ":")
@@ -76,7 +76,9 @@ def style() -> AbstractContextManager[None]:
 
 def _checked(alt: str) -> str:
     if not isinstance(alt, str) or len(alt.strip()) < 20:
-        raise ValueError(f"alt={alt!r}: say in a sentence (20 characters or more) what the figure shows")
+        raise ValueError(
+            f"alt={alt!r}: say in a sentence (20 characters or more) what the figure shows"
+        )
     return " ".join(alt.split())
 
 
@@ -110,7 +112,8 @@ def png(fig: Figure, dpi: float, tints: int = 48) -> bytes:
     with style():
         fig.savefig(buffer, format="png", dpi=dpi)
     picture = Image.open(buffer).convert("RGB")
-    # The commonest colours stay exact, so that a flat area keeps its meaning; the shades of smooth edges move a little.
+    # The commonest colours stay exact, so that a flat area keeps its meaning; the shades of smooth
+    # edges move a little.
     pixels = np.asarray(picture).reshape(-1, 3).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
     shades, place, counts = np.unique(pixels, return_inverse=True, return_counts=True)
     kept = shades[np.argsort(-counts, kind="stable")[:tints]]
@@ -126,7 +129,8 @@ def png(fig: Figure, dpi: float, tints: int = 48) -> bytes:
 def show(fig: Figure, alt: str) -> None:
     """Put a figure on the page, with alternative text, and close it.
 
-    A small SVG stays SVG (crisp at any zoom); a large one becomes a PNG of twice the screen's resolution.
+    A small SVG stays SVG (crisp at any zoom); a large one becomes a PNG of twice the screen's
+    resolution.
 
     Parameters
     ----------
@@ -148,13 +152,17 @@ def show(fig: Figure, alt: str) -> None:
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     data, kind = buffer.getvalue(), "svg+xml"
     if len(data) > SVG_BYTES:
-        data, kind = min((data, kind), (png(fig, 2 * CSS_PIXELS), "png"), key=lambda pair: len(pair[0]))
+        data, kind = min(
+            (data, kind), (png(fig, 2 * CSS_PIXELS), "png"), key=lambda pair: len(pair[0])
+        )
     plt.close(fig)
     display(HTML(image(data, kind, alt, width)))
 
 
 @contextmanager
-def figure(alt: str, height: float = 3.2, width: float = WIDTH, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
+def figure(
+    alt: str, height: float = 3.2, width: float = WIDTH, **subplots: Any
+) -> Iterator[tuple[Figure, Any]]:
     """Draw inside the ``with`` block; the figure is shown when the block ends without an error.
 
     Parameters
@@ -179,7 +187,12 @@ def figure(alt: str, height: float = 3.2, width: float = WIDTH, **subplots: Any)
 
 
 def band(
-    ax: Any, x: Sequence[float], runs: Any, label: str, spread: str = "range", color: str | None = None
+    ax: Any,
+    x: Sequence[float],
+    runs: Any,
+    label: str,
+    spread: str = "range",
+    color: str | None = None,
 ) -> np.ndarray:
     """Draw the mean over runs as a line and their spread as a band.
 
@@ -192,7 +205,8 @@ def band(
     label : str
         Legend entry.
     spread : {"range", "95%"}
-        From the lowest to the highest run, or from the 2.5th to the 97.5th percentile of 20 runs or more.
+        From the lowest to the highest run, or from the 2.5th to the 97.5th percentile of 20 runs or
+        more.
     color : str, optional
         By default the next of the cycle.
 
@@ -213,9 +227,19 @@ def band(
         raise ValueError(f"spread={spread!r}: give 'range' or '95%'")
     if spread == "95%" and len(table) < 20:
         raise ValueError(f"spread='95%' needs 20 runs, runs has {len(table)}: use 'range'")
-    low, high = (table.min(0), table.max(0)) if spread == "range" else np.percentile(table, [2.5, 97.5], axis=0)
+    low, high = (
+        (table.min(0), table.max(0))
+        if spread == "range"
+        else np.percentile(table, [2.5, 97.5], axis=0)
+    )
     mean = table.mean(0)
-    line = ax.plot(x, mean, label=label, marker="o" if len(x) <= 12 else "", **({"color": color} if color else {}))[0]
+    line = ax.plot(
+        x,
+        mean,
+        label=label,
+        marker="o" if len(x) <= 12 else "",
+        **({"color": color} if color else {}),
+    )[0]
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     return np.stack([low, mean, high])
 
@@ -252,7 +276,9 @@ def bars(ax: Any, rows: Sequence[tuple[str, float, float, float]], color: str = 
     at = np.arange(len(labels))[::-1]
     errors = np.stack([numbers[:, 0] - numbers[:, 1], numbers[:, 2] - numbers[:, 0]])
     ax.barh(at, numbers[:, 0], height=0.62, color=color, alpha=0.85)
-    ax.errorbar(numbers[:, 0], at, xerr=errors, fmt="none", ecolor="#222222", elinewidth=1.3, capsize=3)
+    ax.errorbar(
+        numbers[:, 0], at, xerr=errors, fmt="none", ecolor="#222222", elinewidth=1.3, capsize=3
+    )
     ax.set_yticks(at, labels)
     ax.grid(axis="y", visible=False)
 
@@ -280,7 +306,14 @@ def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str
     for y, (estimate, low, high) in zip(at, numbers, strict=True):
         clear = low > 0 or high < 0
         ax.plot([low, high], [y, y], "-", color=PALETTE[0], linewidth=2)
-        ax.plot(estimate, y, "o", color=PALETTE[0], markerfacecolor=PALETTE[0] if clear else "white", markersize=7)
+        ax.plot(
+            estimate,
+            y,
+            "o",
+            color=PALETTE[0],
+            markerfacecolor=PALETTE[0] if clear else "white",
+            markersize=7,
+        )
         ax.text(
             1.02,
             y,
@@ -295,8 +328,8 @@ def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str
     ax.grid(axis="y", visible=False)
 
 
-# Kind of a tensor, by the names that BERT, DistilBERT, RoBERTa, ViT, Llama, GPT-2 and torch's own layers give it.
-# The first pattern that matches decides.
+# Kind of a tensor, by the names that BERT, DistilBERT, RoBERTa, ViT, Llama, GPT-2 and torch's own
+# layers give it. The first pattern that matches decides.
 KINDS = (
     ("norm, bias", r"norm|\bln_|\.bias$|^bias$|_bias$"),
     ("embed", r"embed|\bwte\b|\bwpe\b|cls_token|position"),
@@ -312,7 +345,9 @@ KINDS = (
 
 def kind(name: str) -> str:
     """Judge by its name what a parameter does: one of ``KINDS``, or ``"other"``."""
-    return next((label for label, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
+    return next(
+        (label for label, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other"
+    )
 
 
 def layer(name: str) -> int | None:
@@ -347,7 +382,11 @@ def where(selection: Selected) -> tuple[list[str], list[str], np.ndarray]:
         seen = seen or number is not None
         places[name] = ("before" if not seen else "after") if number is None else str(number + 1)
     rows = [r for r in ("before", *map(str, range(1, last + 2)), "after") if r in places.values()]
-    columns = [c for c in (*(label for label, _ in KINDS[1:]), "other", KINDS[0][0]) if c in map(kind, names)]
+    columns = [
+        c
+        for c in (*(label for label, _ in KINDS[1:]), "other", KINDS[0][0])
+        if c in map(kind, names)
+    ]
     chosen, total = np.zeros((2, len(rows), len(columns)))
     for name in names:
         at = rows.index(places[name]), columns.index(kind(name))
@@ -369,9 +408,9 @@ def percent(fraction: float) -> str:
 def draw_where(ax: Any, selection: Selected, title: str = "") -> None:
     """Draw on ``ax`` which share of each layer's tensors is selected.
 
-    The number in a cell is that share in percent. The colour compares it with the share selected over the whole model,
-    from an eighth or less (brown) over equal (white) to eight times or more (blue), in steps of two, so that pictures
-    of different budgets compare.
+    The number in a cell is that share in percent. The colour compares it with the share selected
+    over the whole model, from an eighth or less (brown) over equal (white) to eight times or more
+    (blue), in steps of two, so that pictures of different budgets compare.
 
     Parameters
     ----------
@@ -384,7 +423,9 @@ def draw_where(ax: Any, selection: Selected, title: str = "") -> None:
     overall = sum(selection.per_tensor().values()) / total
     with np.errstate(divide="ignore"):
         ratio = np.clip(np.log2(fractions / overall), -3, 3)
-    shades = colors.LinearSegmentedColormap.from_list("share", ["#B35806", "#FFFFFF", "#0072B2"], N=7)
+    shades = colors.LinearSegmentedColormap.from_list(
+        "share", ["#B35806", "#FFFFFF", "#0072B2"], N=7
+    )
     colormap = shades.with_extremes(bad="#E6E6E6")
     norm = colors.Normalize(-3.5, 3.5)
     ax.imshow(ratio, cmap=colormap, norm=norm, aspect="auto", interpolation="nearest")
@@ -394,7 +435,11 @@ def draw_where(ax: Any, selection: Selected, title: str = "") -> None:
             ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
             text = percent(fraction).replace("0.", ".")  # narrow cells
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
-    ax.set_xticks(range(len(columns)), [c.replace(" ", "\n").replace(",\n", "\n") for c in columns], fontsize=8)
+    ax.set_xticks(
+        range(len(columns)),
+        [c.replace(" ", "\n").replace(",\n", "\n") for c in columns],
+        fontsize=8,
+    )
     ax.set_yticks(range(len(rows)), rows, fontsize=8.5)
     ax.set_xlabel("blue: more than in the whole model; brown: less", fontsize=8.5)
     ax.set_ylabel("layer")

@@ -59,7 +59,8 @@ class History(Sequence[Mapping[str, Any]]):
     Parameters
     ----------
     records : sequence of dict
-        One a step: ``phase`` (str), ``step`` (int), ``loss`` and ``penalty`` (float), and any extras.
+        One a step: ``phase`` (str), ``step`` (int), ``loss`` and ``penalty`` (float), and any
+        extras.
 
     Raises
     ------
@@ -74,7 +75,9 @@ class History(Sequence[Mapping[str, Any]]):
         for i, record in enumerate(self._records):
             missing = {"phase", "loss"} - set(record)
             if missing:
-                raise ValueError(f"records[{i}] lacks {', '.join(sorted(missing))}: give the list that fit returned")
+                raise ValueError(
+                    f"records[{i}] lacks {', '.join(sorted(missing))}: give the list that fit returned"
+                )
 
     @overload
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
@@ -109,14 +112,23 @@ class History(Sequence[Mapping[str, Any]]):
         for record in reversed(self._records):
             if record.get(name) is not None:
                 return record[name]
-        raise KeyError(f"name={name!r} was never recorded; there are {', '.join(sorted(self._records[-1]))}")
+        raise KeyError(
+            f"name={name!r} was never recorded; there are {', '.join(sorted(self._records[-1]))}"
+        )
 
     def _panel(self, ax: Any, name: str) -> None:
         """Draw one quantity against the step number: raw thin, smoothed thick, one colour a phase."""
         for i, phase in enumerate(self.phases):
-            at = [n for n, r in enumerate(self._records, 1) if r["phase"] == phase and r.get(name) is not None]
+            at = [
+                n
+                for n, r in enumerate(self._records, 1)
+                if r["phase"] == phase and r.get(name) is not None
+            ]
             values = self.values(name, phase)
-            look = {"color": plots.PALETTE[i % len(plots.PALETTE)], "linestyle": plots.DASHES[i % len(plots.DASHES)]}
+            look = {
+                "color": plots.PALETTE[i % len(plots.PALETTE)],
+                "linestyle": plots.DASHES[i % len(plots.DASHES)],
+            }
             ax.plot(at, values, **{**look, "linestyle": "-"}, linewidth=0.8, alpha=0.35)
             ax.plot(at, _smooth(values), label=phase, **look)
         ax.set_ylabel(name)
@@ -131,9 +143,16 @@ class History(Sequence[Mapping[str, Any]]):
         """
         names = ["loss", "penalty"] if self.values("penalty").any() else ["loss"]
         ends = {phase: _smooth(self.values("loss", phase))[[0, -1]] for phase in self.phases}
-        parts = ", ".join(f"{phase} from {first:.3g} to {last:.3g}" for phase, (first, last) in ends.items())
-        alt = alt or f"Training {' and '.join(names)} over {len(self)} steps; smoothed loss by phase: {parts}."
-        with plots.figure(alt=alt, height=1.0 + 1.9 * len(names), nrows=len(names), sharex=True) as (_, axes):
+        parts = ", ".join(
+            f"{phase} from {first:.3g} to {last:.3g}" for phase, (first, last) in ends.items()
+        )
+        alt = (
+            alt
+            or f"Training {' and '.join(names)} over {len(self)} steps; smoothed loss by phase: {parts}."
+        )
+        with plots.figure(
+            alt=alt, height=1.0 + 1.9 * len(names), nrows=len(names), sharex=True
+        ) as (_, axes):
             panels = np.atleast_1d(axes)
             for ax, name in zip(panels, names, strict=True):
                 self._panel(ax, name)

@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Not followed into: a recipe is a root of its own rows alone, what keeps rows makes no numbers, assets are pinned.
+# Not followed into: a recipe is a root of its own rows alone, what keeps rows makes no numbers,
+# assets are pinned.
 APART = ("lab/recipes.py", "lab/results.py", "lab/provenance.py", "lab/assets.py")
 
 
@@ -34,13 +35,17 @@ def code_hash(roots: Iterable[str]) -> str:
             continue
         statement = _definitions(PACKAGE, file).get(name)
         if statement is None:
-            raise ValueError(f"roots names {place!r}, which is no top-level definition of the package")
+            raise ValueError(
+                f"roots names {place!r}, which is no top-level definition of the package"
+            )
         seen[place] = ast.dump(statement)
         for used in _used(file, statement):
             target = used.partition(":")[0]
             if target == file or target not in APART:
                 waiting.append(used)
-    return hashlib.sha256("\n".join(f"{place} {seen[place]}" for place in sorted(seen)).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(f"{place} {seen[place]}" for place in sorted(seen)).encode()
+    ).hexdigest()
 
 
 def _used(file: str, statement: ast.stmt) -> Iterator[str]:
@@ -56,7 +61,12 @@ def _definitions(package: Path, file: str) -> dict[str, ast.stmt]:
     tree = ast.parse((package / file).read_text())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and _is_text(body[0].value)
+        ):
             node.body = body[1:]  # type: ignore[attr-defined]
     found: dict[str, ast.stmt] = {}
     for statement in tree.body:
@@ -78,7 +88,9 @@ def _imports(package: Path, file: str) -> dict[str, str]:
             module = folder.joinpath(*(node.module or "__init__").split(".")).with_suffix(".py")
             if module.is_file() and node.module:  # `from . import module` names no definition
                 place = module.relative_to(package).as_posix()
-                found |= {alias.asname or alias.name: f"{place}:{alias.name}" for alias in node.names}
+                found |= {
+                    alias.asname or alias.name: f"{place}:{alias.name}" for alias in node.names
+                }
     return found
 
 

@@ -1,6 +1,7 @@
 """Recipes: how a config of the plan becomes a method on a loaded model; a function is named as its configs' method.
 
-Every method has the same head, epochs, batches and optimizer; its learning rate comes from its own sweep.
+Every method has the same head, epochs, batches and optimizer; its learning rate comes from its own
+sweep.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def fish(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, 
     return fish_phases(model, config["budget"], batches, samples=FISH_SAMPLES, **_rates(config, lr))
 
 
-def fish_shuffled(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def fish_shuffled(
+    model: Any, task: Task, config: Config, lr: float
+) -> Generator[Phase, None, None]:
     """The control: random positions, as many in every tensor as FISH has."""
     return _fixed(model, _shuffled("fish", model, config), config, lr)
 
@@ -81,12 +84,15 @@ def fish_shuffled(model: Any, task: Task, config: Config, lr: float) -> Generato
 def sara(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
     """SaRA's smallest weights, exactly k of them; without re-selection and rank loss.
 
-    The k-th smallest is smaller than one step at a useful rate, so that a re-selection would let all of them go.
+    The k-th smallest is smaller than one step at a useful rate, so that a re-selection would let
+    all of them go.
     """
     return sara_phases(model, budget=config["budget"], lam=0.0, reselect=None, **_rates(config, lr))
 
 
-def sara_threshold(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def sara_threshold(
+    model: Any, task: Task, config: Config, lr: float
+) -> Generator[Phase, None, None]:
     """SaRA with the threshold of 2e-3 of the authors' example, re-selection and rank loss."""
     return sara_phases(model, threshold=2e-3, seed=config["seed"], **_rates(config, lr))
 
@@ -103,13 +109,18 @@ def lora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, 
     from peft import LoraConfig, inject_adapter_in_model
 
     rank, layers = LORA[config["budget"]]
-    targets = [f"layer.{layer}.attention.self.{part}" for layer in layers for part in ("query", "value")]
+    targets = [
+        f"layer.{layer}.attention.self.{part}" for layer in layers for part in ("query", "value")
+    ]
     heads = list(head_weights(model).values())
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
     added = [p for name, p in model.named_parameters() if "lora_" in name]
     for p in heads:
         p.requires_grad_(True)
-    groups = [{"params": params, "lr": r, "weight_decay": 0.0} for params, r in ((added, lr), (heads, LR_HEAD))]
+    groups = [
+        {"params": params, "lr": r, "weight_decay": 0.0}
+        for params, r in ((added, lr), (heads, LR_HEAD))
+    ]
     yield Phase("LoRA", groups, config["epochs"])
 
 
@@ -123,15 +134,21 @@ def last_layers(model: Any, task: Task, config: Config, lr: float) -> Generator[
     return _fixed(model, last_layers_selection(model, 1), config, lr)
 
 
-def child_tuning_f(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def child_tuning_f(
+    model: Any, task: Task, config: Config, lr: float
+) -> Generator[Phase, None, None]:
     """Child-Tuning-F, p = 0.3."""
     return child_tuning_f_phases(model, seed=config["seed"], **_rates(config, lr))
 
 
-def child_tuning_d(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def child_tuning_d(
+    model: Any, task: Task, config: Config, lr: float
+) -> Generator[Phase, None, None]:
     """Child-Tuning-D at a budget, with the authors' squared gradient of a batch."""
     batches = task.train.batches(config["batch"])
-    return child_tuning_d_phases(model, batches, p=config["budget"], reduction="batch", **_rates(config, lr))
+    return child_tuning_d_phases(
+        model, batches, p=config["budget"], reduction="batch", **_rates(config, lr)
+    )
 
 
 def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
@@ -154,7 +171,9 @@ def _halves(config: Config) -> tuple[int, int]:
     return first, config["epochs"] - first
 
 
-def _diff_pruning(model: Any, config: Config, lr: float, groups: Any) -> Generator[Phase, None, None]:
+def _diff_pruning(
+    model: Any, config: Config, lr: float, groups: Any
+) -> Generator[Phase, None, None]:
     return diff_pruning(
         model,
         config["budget"],
@@ -168,7 +187,9 @@ def _diff_pruning(model: Any, config: Config, lr: float, groups: Any) -> Generat
     )
 
 
-def _fixed(model: Any, selection: Selection, config: Config, lr: float) -> Generator[Phase, None, None]:
+def _fixed(
+    model: Any, selection: Selection, config: Config, lr: float
+) -> Generator[Phase, None, None]:
     return fixed_mask(model, selection, **_rates(config, lr))
 
 
@@ -179,9 +200,13 @@ def _shuffled(method: str, model: Any, config: Config) -> Selection:
         for row in results.read(name):
             if like.items() <= row["config"].items():
                 shapes = {name: tuple(p.shape) for name, p in weights(model).items()}
-                first = {name: torch.arange(count) for name, count in row["per_tensor"].items() if count}
+                first = {
+                    name: torch.arange(count) for name, count in row["per_tensor"].items() if count
+                }
                 return shuffled_selection(Selection(first, shapes), config["seed"])
-    raise ValueError(f"config={dict(config)} shuffles a row of {method} that is not there; run that first")
+    raise ValueError(
+        f"config={dict(config)} shuffles a row of {method} that is not there; run that first"
+    )
 
 
 RECIPES: dict[str, Recipe] = {

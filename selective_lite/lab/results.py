@@ -27,7 +27,9 @@ CHECKOUT = Path(__file__).resolve().parents[2] / "results"
 def find(file: str) -> Path | None:
     """A file of ``results/``, from the checkout or from the installed package; None if there is none."""
     packaged = Path(str(importlib.resources.files("selective_lite") / "rows"))
-    return next((folder / file for folder in (CHECKOUT, packaged) if (folder / file).is_file()), None)
+    return next(
+        (folder / file for folder in (CHECKOUT, packaged) if (folder / file).is_file()), None
+    )
 
 
 def read(name: str) -> list[Row]:
@@ -52,7 +54,8 @@ def run_missing(
 ) -> list[Row]:
     """Run every config that has no current row, and keep each row as soon as it is there.
 
-    A killed run costs the rows it was at. Rows of other configs, or of other code, are replaced at the end.
+    A killed run costs the rows it was at. Rows of other configs, or of other code, are replaced at
+    the end.
 
     Parameters
     ----------
@@ -65,22 +68,25 @@ def run_missing(
     roots
         ``config -> definitions`` that its result follows from, as `code_hash` takes them.
     workers
-        So many configs run side by side, each in a process of one thread: faster than one with all threads, and a
-        row does not depend on how many cores there were. 1 runs them here, with the threads that are set.
+        So many configs run side by side, each in a process of one thread: faster than one with all
+        threads, and a row does not depend on how many cores there were. 1 runs them here, with the
+        threads that are set.
     late
         Whether a config's run reads rows of others; it starts when all others are there.
 
     Returns
     -------
     list of dict
-        One row a config: ``config``, the result's own keys, ``seconds``, ``device``, ``threads``, ``versions``,
-        ``roots``, and ``library``, the hash of these.
+        One row a config: ``config``, the result's own keys, ``seconds``, ``device``, ``threads``,
+        ``versions``, ``roots``, and ``library``, the hash of these.
     """
     wanted = [json.loads(json.dumps(dict(config))) for config in configs]
     old = [row for row in read(name) if row["config"] in wanted]
     outdated = stale(old)
     rows = [row for row in old if row not in outdated]
-    stamps = [{"roots": roots(config), "library": code_hash(roots(config))} for config in wanted]  # the code loaded now
+    stamps = [
+        {"roots": roots(config), "library": code_hash(roots(config))} for config in wanted
+    ]  # the code loaded now
     missing = [config for config in wanted if all(row["config"] != config for row in rows)]
     for turn in (False, True):
         for row in _made(run, [config for config in missing if late(config) is turn], workers):
@@ -91,18 +97,27 @@ def run_missing(
     rows.sort(key=lambda row: wanted.index(row["config"]))
     write(name, rows)
     hours = sum(row["seconds"] for row in rows) / 3600
-    print(f"{name}: {len(rows)} rows, {hours:.2f} hours of runs, {workers} at a time", file=sys.stderr, flush=True)
+    print(
+        f"{name}: {len(rows)} rows, {hours:.2f} hours of runs, {workers} at a time",
+        file=sys.stderr,
+        flush=True,
+    )
     return rows
 
 
-def _made(run: Callable[[Mapping[str, Any]], Row], configs: list[Row], workers: int) -> Iterator[Row]:
+def _made(
+    run: Callable[[Mapping[str, Any]], Row], configs: list[Row], workers: int
+) -> Iterator[Row]:
     """The rows of these configs, as they come."""
     if workers == 1:
         yield from (_row(run, config) for config in configs)
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
     try:
-        yield from (job.result() for job in as_completed([pool.submit(_row, run, config) for config in configs]))
+        yield from (
+            job.result()
+            for job in as_completed([pool.submit(_row, run, config) for config in configs])
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -135,12 +150,18 @@ def pack(correct: torch.Tensor) -> str:
 
 def unpack(text: str, count: int) -> np.ndarray:
     """The boolean vector of length `count` that `pack` wrote."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(bool)
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(
+        bool
+    )
 
 
 def of(rows: Iterable[Row], method: str, budget: float | str) -> list[Row]:
     """The rows of a method at a budget, by seed."""
-    found = [row for row in rows if (row["config"]["method"], row["config"]["budget"]) == (method, budget)]
+    found = [
+        row
+        for row in rows
+        if (row["config"]["method"], row["config"]["budget"]) == (method, budget)
+    ]
     return sorted(found, key=lambda row: row["config"]["seed"])
 
 
@@ -153,12 +174,17 @@ def compare(ours: Iterable[Row], theirs: Iterable[Row]) -> tuple[float, float, f
         If they have no seed in common.
     """
     correct = [
-        {row["config"]["seed"]: unpack(row["correct"], row["tested"]) for row in rows} for rows in (ours, theirs)
+        {row["config"]["seed"]: unpack(row["correct"], row["tested"]) for row in rows}
+        for rows in (ours, theirs)
     ]
     common = sorted(correct[0].keys() & correct[1].keys())
     if not common:
-        raise ValueError(f"ours has seeds {sorted(correct[0])}, theirs {sorted(correct[1])}: none in common")
-    difference, low, high = paired_difference(*([found[seed] for seed in common] for found in correct))
+        raise ValueError(
+            f"ours has seeds {sorted(correct[0])}, theirs {sorted(correct[1])}: none in common"
+        )
+    difference, low, high = paired_difference(
+        *([found[seed] for seed in common] for found in correct)
+    )
     return 100 * difference, 100 * low, 100 * high
 
 
@@ -167,7 +193,8 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Mean difference in accuracy between paired runs, and its bootstrap 95 % interval.
 
-    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the test examples that all share.
+    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the test examples
+    that all share.
 
     Parameters
     ----------
@@ -179,10 +206,13 @@ def paired_difference(
     tuple
         ``(difference, low, high)``, as fractions of one.
     """
-    difference = np.stack([a.astype(float) - b.astype(float) for a, b in zip(ours, theirs, strict=True)])
+    difference = np.stack(
+        [a.astype(float) - b.astype(float) for a, b in zip(ours, theirs, strict=True)]
+    )
     seeds, examples = difference.shape
     generator = np.random.default_rng(seed)
-    # Examples with the same differences are interchangeable, so only how often each pattern is drawn counts.
+    # Examples with the same differences are interchangeable, so only how often each pattern is
+    # drawn counts.
     patterns, counts = np.unique(difference, axis=1, return_counts=True)
     runs = generator.integers(seeds, size=(draws, seeds))
     drawn = generator.multinomial(examples, counts / examples, size=draws)
@@ -192,7 +222,11 @@ def paired_difference(
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {os.cpu_count()} cores"
+    )
 
 
 def _brief(mapping: Mapping[str, Any]) -> str:

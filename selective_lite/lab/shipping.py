@@ -1,7 +1,8 @@
 """Shipping: four sentiment tasks on one MiniLM as four deltas, which are kept beside the rows and opened by the pages.
 
-LT-SFT at 0.02 % of the weights, and LoRA of about that size to compare with; each takes on every task the rate that the
-movies' validation split chose. Run this file (part of ``make results``) to make what is missing.
+LT-SFT at 0.02 % of the weights, and LoRA of about that size to compare with; each takes on every
+task the rate that the movies' validation split chose. Run this file (part of ``make results``) to
+make what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ def configs() -> Iterator[Config]:
     for method in METHODS:
         (sweep,) = results.of(results.read(plan.NAME + "_rates"), method, BUDGET)
         for task in DOMAINS:
-            yield {"method": method, "budget": BUDGET, "seed": 0, "lr": plan.rate(sweep), "task": task, **plan.DATA}
+            yield {
+                "method": method,
+                "budget": BUDGET,
+                "seed": 0,
+                "lr": plan.rate(sweep),
+                "task": task,
+                **plan.DATA,
+            }
 
 
 def roots(config: Config) -> list[str]:
@@ -67,7 +75,10 @@ def adapter_size(model: torch.nn.Module) -> results.Row:
     heads = {name: p.detach().cpu() for name, p in head_weights(model).items()}
     with tempfile.TemporaryDirectory() as folder:
         save_file({**low_rank, **heads}, file := os.path.join(folder, "adapter_model.safetensors"))
-        return {"trained": sum(t.numel() for t in low_rank.values()), "bytes": os.path.getsize(file)}
+        return {
+            "trained": sum(t.numel() for t in low_rank.values()),
+            "bytes": os.path.getsize(file),
+        }
 
 
 def sha256(file: Path) -> str:

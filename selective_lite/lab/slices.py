@@ -16,7 +16,8 @@ from ..params import preserve_modes
 class UpperLayers(nn.Module):
     """The last layers of a BERT classifier, its pooler and its head.
 
-    The pooler reads the first token only, so the last layer computes only that one: the logits are the model's own.
+    The pooler reads the first token only, so the last layer computes only that one: the logits are
+    the model's own.
 
     Parameters
     ----------
@@ -30,9 +31,17 @@ class UpperLayers(nn.Module):
         super().__init__()
         layers, self.config = model.bert.encoder.layer, model.config
         if not 1 <= count <= len(layers):
-            raise ValueError(f"count={count} is outside [1, {len(layers)}], the number of the model's layers")
-        self.layer = nn.ModuleDict({str(i): layers[i] for i in range(len(layers) - count, len(layers))})
-        self.pooler, self.dropout, self.classifier = model.bert.pooler, model.dropout, model.classifier
+            raise ValueError(
+                f"count={count} is outside [1, {len(layers)}], the number of the model's layers"
+            )
+        self.layer = nn.ModuleDict(
+            {str(i): layers[i] for i in range(len(layers) - count, len(layers))}
+        )
+        self.pooler, self.dropout, self.classifier = (
+            model.bert.pooler,
+            model.dropout,
+            model.classifier,
+        )
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Logits (..., B, classes) of hidden states (..., B, T, D) and a mask (B, 1, 1, T), True where a token is."""
@@ -49,16 +58,23 @@ class UpperLayers(nn.Module):
             part.unflatten(-1, (own.num_attention_heads, -1)).transpose(-3, -2)
             for part in (own.query(first), own.key(hidden), own.value(hidden))
         )
-        weight = (own.scaling * query @ key.transpose(-1, -2)).masked_fill(~mask, -math.inf).softmax(-1)
+        weight = (
+            (own.scaling * query @ key.transpose(-1, -2)).masked_fill(~mask, -math.inf).softmax(-1)
+        )
         return attention.output((own.dropout(weight) @ value).transpose(-3, -2).flatten(-2), first)
 
 
 @torch.no_grad()
-def hidden_below(model: Any, batches: Iterable[Mapping[str, Tensor]], count: int = 1) -> list[dict[str, Tensor]]:
+def hidden_below(
+    model: Any, batches: Iterable[Mapping[str, Tensor]], count: int = 1
+) -> list[dict[str, Tensor]]:
     """What all layers but the last `count` make of texts: ``hidden`` (B, T, D), ``mask`` (B, 1, 1, T), ``labels``."""
     found = []
     for batch in batches:
-        mask, hidden = batch["attention_mask"].bool()[:, None, None], model.bert.embeddings(batch["input_ids"])
+        mask, hidden = (
+            batch["attention_mask"].bool()[:, None, None],
+            model.bert.embeddings(batch["input_ids"]),
+        )
         for block in model.bert.encoder.layer[:-count]:
             hidden = block(hidden, mask)
         found.append({"hidden": hidden, "mask": mask, "labels": batch["labels"]})
@@ -75,7 +91,9 @@ def correct(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor
     """Which texts are answered right, in evaluation mode: bool, on CPU."""
     with preserve_modes(model):
         model.eval()
-        return torch.cat([model(b["hidden"], b["mask"]).argmax(-1) == b["labels"] for b in batches]).cpu()
+        return torch.cat(
+            [model(b["hidden"], b["mask"]).argmax(-1) == b["labels"] for b in batches]
+        ).cpu()
 
 
 def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:

@@ -14,7 +14,10 @@ from .assets import asset
 from .batches import Batches
 
 DOMAINS = ("movies", "tweets", "products", "editorials")
-BY_DOCUMENT = ("products", "editorials")  # their rows are sentences of documents: `document_sentence`
+BY_DOCUMENT = (
+    "products",
+    "editorials",
+)  # their rows are sentences of documents: `document_sentence`
 THRESHOLD = 0.5  # on the mean human rating, -4 to 4; weaker ratings are left out as undecided
 
 
@@ -40,7 +43,8 @@ class Split:
 class TextBatches(Batches):
     """Dictionaries of ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64, padded to the longest.
 
-    Texts of one length meet in a batch; with a seed, which of them, and when, is drawn at every pass.
+    Texts of one length meet in a batch; with a seed, which of them, and when, is drawn at every
+    pass.
     """
 
     split: Split
@@ -86,8 +90,8 @@ def load_task(
 ) -> Task:
     """A domain of Hutto and Gilbert (2014) as binary sentiment, abs(mean rating) >= 0.5.
 
-    Duplicated texts are kept once, so none crosses splits. Where rows are sentences of documents, whole documents go
-    to one split, and the sizes are reached to within the last document.
+    Duplicated texts are kept once, so none crosses splits. Where rows are sentences of documents,
+    whole documents go to one split, and the sizes are reached to within the last document.
 
     Parameters
     ----------
@@ -125,7 +129,9 @@ def load_task(
             raise ValueError(
                 f"{split} is empty: {name} has {len(rows)} examples; lower train={train} or validation={validation}"
             )
-    first, second, third = (_split(part, tokenizer, max_length, torch.device(device)) for part in parts)
+    first, second, third = (
+        _split(part, tokenizer, max_length, torch.device(device)) for part in parts
+    )
     positive = sum(third.labels) / len(third)
     return Task(name, first, second, third, majority=max(positive, 1 - positive))
 
@@ -152,11 +158,20 @@ def _cut(rows: list[tuple[str, int, str]], size: int) -> int:
     return min(size, len(rows))
 
 
-def _split(rows: list[tuple[str, int, str]], tokenizer: Any, max_length: int, place: torch.device) -> Split:
+def _split(
+    rows: list[tuple[str, int, str]], tokenizer: Any, max_length: int, place: torch.device
+) -> Split:
     texts = [text for _, _, text in rows]
     tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     labels = [label for _, label, _ in rows]
-    return Split(texts, labels, [document for document, _, _ in rows], tokens, tokenizer.pad_token_id or 0, place)
+    return Split(
+        texts,
+        labels,
+        [document for document, _, _ in rows],
+        tokens,
+        tokenizer.pad_token_id or 0,
+        place,
+    )
 
 
 @torch.no_grad()
@@ -166,7 +181,8 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 128) -> dict[str,
     Returns
     -------
     dict
-        ``accuracy`` (float in [0, 1]), ``loss`` (float, nats), ``correct`` (bool tensor, CPU, in the split's order).
+        ``accuracy`` (float in [0, 1]), ``loss`` (float, nats), ``correct`` (bool tensor, CPU, in
+        the split's order).
     """
     batches = split.batches(batch_size)
     correct = torch.zeros(len(split), dtype=torch.bool)
@@ -177,4 +193,8 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 128) -> dict[str,
             output = model(**batch)
             total += float(output.loss) * len(group)
             correct[group] = (output.logits.argmax(-1) == batch["labels"]).cpu()
-    return {"accuracy": correct.float().mean().item(), "loss": total / len(split), "correct": correct}
+    return {
+        "accuracy": correct.float().mean().item(),
+        "loss": total / len(split),
+        "correct": correct,
+    }

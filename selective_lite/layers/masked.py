@@ -1,8 +1,9 @@
 """Masked training: the selected weights become compact parameters, and no dense weight gradient is ever formed.
 
-The paper's line is ``P <- P - lr * (grad P * M)``. Zeroing gradients under a dense optimizer leaks (weight decay, stale
-momentum, clipping) and saves no memory. Here the k selected weights of a tensor are one vector, a leaf that lives in
-the module; the dense tensor stays in place, frozen, and takes the vector's values before every forward.
+The paper's line is ``P <- P - lr * (grad P * M)``. Zeroing gradients under a dense optimizer leaks
+(weight decay, stale momentum, clipping) and saves no memory. Here the k selected weights of a
+tensor are one vector, a leaf that lives in the module; the dense tensor stays in place, frozen, and
+takes the vector's values before every forward.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from ..selection import Selection
 from .sampled import embedding, footprint, linear, scatter
 
 SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
-INDEX = ("_index", "_rows", "_columns")  # behind it, buffers: flat positions, and the footprint of a sampled product
+INDEX = (
+    "_index",
+    "_rows",
+    "_columns",
+)  # behind it, buffers: flat positions, and the footprint of a sampled product
 
 
 class masked:
     """Train only a selection (and some whole tensors); leaving restores an ordinary model.
 
-    Inside, ``model.parameters()`` that require gradients are the compact vectors and the `dense` tensors, so that any
-    optimizer, ``clip_grad_norm_``, ``zero_grad`` and a gradient scaler see them as usual. Selected weights of
-    ``nn.Linear``, ``nn.Embedding`` and Hugging Face's ``Conv1D`` get sampled gradients; a tensor selected whole trains
-    as it is; selected entries of small tensors (vectors: biases, norms) gather theirs from the dense gradient.
+    Inside, ``model.parameters()`` that require gradients are the compact vectors and the `dense`
+    tensors, so that any optimizer, ``clip_grad_norm_``, ``zero_grad`` and a gradient scaler see
+    them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding`` and Hugging Face's ``Conv1D``
+    get sampled gradients; a tensor selected whole trains as it is; selected entries of small
+    tensors (vectors: biases, norms) gather theirs from the dense gradient.
 
     Parameters
     ----------
@@ -40,13 +46,15 @@ class masked:
     dense
         Names or prefixes of parameters that are trained whole beside it, such as the task head.
     shrinks
-        Make compact vectors of tensors that are selected whole too, so that `shrink` can drop any of their entries.
+        Make compact vectors of tensors that are selected whole too, so that `shrink` can drop any
+        of their entries.
 
     Raises
     ------
     ValueError
-        If the selection names an unknown tensor or another shape, if `dense` names nothing or overlaps with the
-        selection, or if a selected matrix belongs to a module without a sampled gradient. The model is unchanged.
+        If the selection names an unknown tensor or another shape, if `dense` names nothing or
+        overlaps with the selection, or if a selected matrix belongs to a module without a sampled
+        gradient. The model is unchanged.
 
     Examples
     --------
@@ -56,7 +64,12 @@ class masked:
     """
 
     def __init__(
-        self, model: nn.Module, selection: Selection, dense: Sequence[str] = (), *, shrinks: bool = False
+        self,
+        model: nn.Module,
+        selection: Selection,
+        dense: Sequence[str] = (),
+        *,
+        shrinks: bool = False,
     ) -> None:
         if any(compact_parameters(model)):
             raise ValueError("model is already in masked training; leave that first")
@@ -65,7 +78,11 @@ class masked:
         prefixes = check_prefixes(dense, named, "dense")
         dense_names = [name for name in named if is_under(name, prefixes)]
         check_names(selection.indices, named, "selection")
-        whole = {name for name, i in selection.indices.items() if len(i) == named[name].numel() and not shrinks}
+        whole = {
+            name
+            for name, i in selection.indices.items()
+            if len(i) == named[name].numel() and not shrinks
+        }
         for name in selection.indices:
             if name in dense_names:
                 raise ValueError(f"dense and selection both name {name!r}; train it one way")
@@ -87,7 +104,9 @@ class masked:
             index = positions.to(named[name].device)
             parts = (None, None) if shrinks else footprint_of(index, named[name], places[name])
             values = named[name].detach().reshape(-1)[index]
-            self._compact[name] = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)))
+            self._compact[name] = nn.Parameter(
+                values.to(torch.promote_types(values.dtype, torch.float32))
+            )
             self._places[name] = places[name]
             for module, attribute in places[name]:
                 module.register_parameter(attribute + SUFFIX, self._compact[name])
@@ -116,14 +135,19 @@ class masked:
         Raises
         ------
         ValueError
-            If `keep` names a tensor without a compact vector, or has another length. Nothing is changed.
+            If `keep` names a tensor without a compact vector, or has another length. Nothing is
+            changed.
         """
         for name, kept in keep.items():
             if name not in self._places:
-                raise ValueError(f"keep names {name!r}, which has no compact vector; give masked(..., shrinks=True)")
+                raise ValueError(
+                    f"keep names {name!r}, which has no compact vector; give masked(..., shrinks=True)"
+                )
             if kept.dtype != torch.bool or kept.shape != self._compact[name].shape:
                 expected = tuple(self._compact[name].shape)
-                raise ValueError(f"keep[{name!r}] is {kept.dtype} of shape {tuple(kept.shape)}, not bool of {expected}")
+                raise ValueError(
+                    f"keep[{name!r}] is {kept.dtype} of shape {tuple(kept.shape)}, not bool of {expected}"
+                )
         for name, kept in keep.items():
             values = self._compact[name]
             for module, attribute in self._places[name]:
@@ -136,7 +160,8 @@ class masked:
                 index = attribute + SUFFIX + INDEX[0]
                 setattr(module, index, getattr(module, index)[kept])
             kept_values = values.data[kept]
-            # While the last loss lives, autograd has a node that expects the old length: a change of dtype drops it.
+            # While the last loss lives, autograd has a node that expects the old length: a change
+            # of dtype drops it.
             values.data = kept_values.half()
             values.data = kept_values
             values.grad = None if gradient is None else gradient[kept]
@@ -163,19 +188,31 @@ class masked:
 
 
 def _check(
-    name: str, whole: bool, shape: tuple[int, ...], parameter: nn.Parameter, places: Sequence[tuple[nn.Module, str]]
+    name: str,
+    whole: bool,
+    shape: tuple[int, ...],
+    parameter: nn.Parameter,
+    places: Sequence[tuple[nn.Module, str]],
 ) -> None:
     if tuple(parameter.shape) != tuple(shape):
-        raise ValueError(f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(parameter.shape)}")
+        raise ValueError(
+            f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(parameter.shape)}"
+        )
     if parameter.is_meta:
-        raise ValueError(f"selection[{name!r}] is on the meta device, which holds no values; load the model first")
+        raise ValueError(
+            f"selection[{name!r}] is on the meta device, which holds no values; load the model first"
+        )
     if whole:
         return
     if not parameter.is_contiguous():
-        raise ValueError(f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first")
+        raise ValueError(
+            f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first"
+        )
     for module, attribute in places:
         if "forward" in vars(module):
-            raise ValueError(f"selection[{name!r}]: its module's forward was replaced (a hook?); remove that first")
+            raise ValueError(
+                f"selection[{name!r}]: its module's forward was replaced (a hook?); remove that first"
+            )
         reason = why_not_partly(module, attribute)
         if reason is not None:
             raise ValueError(f"selection[{name!r}] {reason}")
@@ -184,12 +221,20 @@ def _check(
 def why_not_partly(module: nn.Module, attribute: str) -> str | None:
     """Why a part of this module's tensor cannot be selected, in words that follow its name; None where it can."""
     tensor = module._parameters[attribute]
-    if tensor is not None and tensor.dim() > 1 and not (attribute == "weight" and _product(type(module)) is not None):
+    if (
+        tensor is not None
+        and tensor.dim() > 1
+        and not (attribute == "weight" and _product(type(module)) is not None)
+    ):
         return (
             f"is part of a {type(module).__name__}, which has no sampled gradient; select it whole, or only weights of "
             "nn.Linear, nn.Embedding and Conv1D"
         )
-    refused = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(module, option, None)]
+    refused = [
+        option
+        for option in ("max_norm", "sparse", "scale_grad_by_freq")
+        if getattr(module, option, None)
+    ]
     return f"is an embedding with {refused[0]}; unset it" if refused else None
 
 
@@ -197,7 +242,9 @@ def footprint_of(
     index: Tensor, parameter: Tensor, places: Sequence[tuple[nn.Module, str]]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The footprint of a matrix's positions, where one of the modules that it belongs to makes a sampled product."""
-    product = parameter.dim() == 2 and any(not isinstance(module, nn.Embedding) for module, _ in places)
+    product = parameter.dim() == 2 and any(
+        not isinstance(module, nn.Embedding) for module, _ in places
+    )
     return footprint(index, *parameter.shape) if product else (None, None)
 
 
@@ -205,16 +252,22 @@ def write_selected(module: nn.Module, attribute: str) -> None:
     """Copy the compact vector into its dense tensor. `.data` keeps autograd's version of a weight that was saved."""
     dense = module._parameters[attribute].data  # type: ignore[union-attr]
     values = module._parameters[attribute + SUFFIX].data  # type: ignore[union-attr]
-    dense.view(-1).index_copy_(0, getattr(module, attribute + SUFFIX + INDEX[0]), values.to(dense.dtype))
+    dense.view(-1).index_copy_(
+        0, getattr(module, attribute + SUFFIX + INDEX[0]), values.to(dense.dtype)
+    )
 
 
 def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
     """The forward with a sampled weight gradient for a module class, or None where there is none."""
     cls = vars(cls).get("masked_base", cls)
     if cls is nn.Linear:
-        return lambda module, input: linear(input, *_selected(module, "weight", *INDEX), module.bias, False)
+        return lambda module, input: linear(
+            input, *_selected(module, "weight", *INDEX), module.bias, False
+        )
     if cls is nn.Embedding:
-        return lambda module, input: embedding(input, *_selected(module, "weight", INDEX[0]), module.padding_idx)
+        return lambda module, input: embedding(
+            input, *_selected(module, "weight", INDEX[0]), module.padding_idx
+        )
     if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
         return lambda module, x: linear(x, *_selected(module, "weight", *INDEX), module.bias, True)
     return None
@@ -237,7 +290,9 @@ def _masked_class(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
     if attribute == "weight" and product is not None:
         members["forward"] = product
     else:
-        members[attribute] = property(lambda module: scatter(*_selected(module, attribute, INDEX[0])))
+        members[attribute] = property(
+            lambda module: scatter(*_selected(module, attribute, INDEX[0]))
+        )
     return type("Masked" + cls.__name__.removeprefix("Masked"), (cls,), members)
 
 
@@ -248,7 +303,9 @@ def _state(cls: type[nn.Module], attribute: str) -> tuple[Callable[..., None], C
         write_selected(module, attribute)
         cls._save_to_state_dict(module, state, prefix, keep_vars)
         if module._parameters[attribute].dtype == module._parameters[attribute + SUFFIX].dtype:
-            del state[prefix + attribute + SUFFIX]  # a vector of more precision than its weight stays
+            del state[
+                prefix + attribute + SUFFIX
+            ]  # a vector of more precision than its weight stays
 
     def load(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         values, dense = module._parameters[attribute + SUFFIX], state.get(prefix + attribute)

@@ -1,8 +1,8 @@
 """Sampled gradients: layers whose weight gradient is computed at the selected positions only, never as a whole.
 
-A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the outgoing gradient and a
-column of the input. Most of the time goes into making those columns contiguous; where they are few, only they are made
-so, and only they are kept of the input.
+A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the
+outgoing gradient and a column of the input. Most of the time goes into making those columns
+contiguous; where they are few, only they are made so, and only they are kept of the input.
 """
 
 from __future__ import annotations
@@ -43,10 +43,18 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y = functional.linear(x, weight.t() if transposed else weight, bias)
         ctx.transposed, ctx.has_bias, ctx.x_dtype = transposed, bias is not None, x.dtype
-        # Of the input only what the gradient will read; under autocast in the compute dtype, as the dense product
-        # would keep it. Saving `values` lets autograd see an optimizer step between forward and backward.
+        # Of the input only what the gradient will read; under autocast in the compute dtype, as the
+        # dense product would keep it. Saving `values` lets autograd see an optimizer step between
+        # forward and backward.
         kept = columns_as_rows(x.reshape(-1, x.shape[-1]), rows if transposed else columns)
-        ctx.save_for_backward(kept if kept.dtype == y.dtype else kept.to(y.dtype), weight, values, index, rows, columns)
+        ctx.save_for_backward(
+            kept if kept.dtype == y.dtype else kept.to(y.dtype),
+            weight,
+            values,
+            index,
+            rows,
+            columns,
+        )
         return y
 
     @staticmethod
@@ -73,7 +81,12 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Tensor, padding_idx: int | None
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        values: Tensor,
+        index: Tensor,
+        padding_idx: int | None,
     ) -> Tensor:
         ctx.save_for_backward(ids, values, index)
         ctx.width, ctx.padding_idx = weight.shape[1], padding_idx
@@ -83,7 +96,13 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         ids, values, index = ctx.saved_tensors
         rows = rows_operation if torch.compiler.is_compiling() else sampled_rows
-        return None, None, rows(grad, ids, index, ctx.width, ctx.padding_idx).to(values.dtype), None, None
+        return (
+            None,
+            None,
+            rows(grad, ids, index, ctx.width, ctx.padding_idx).to(values.dtype),
+            None,
+            None,
+        )
 
 
 scatter = _Scatter.apply  # (dense, values, index)
@@ -92,15 +111,21 @@ embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 
 def sampled_product(
-    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
+    left: Tensor,
+    right: Tensor,
+    index: Tensor,
+    height: int,
+    width: int,
+    rows: Tensor | None,
+    columns: Tensor | None,
 ) -> Tensor:
     """Entries of a product over tokens, ``left.T @ right``, at sorted flat row-major positions, without the others.
 
     Parameters
     ----------
     left, right
-        (T, height) and (T, width), floating point; half precision is summed in float32. What `gather` gives of them
-        where `rows` or `columns` are given.
+        (T, height) and (T, width), floating point; half precision is summed in float32. What
+        `gather` gives of them where `rows` or `columns` are given.
     index
         Positions in (height, width), int64, strictly increasing, on the same device.
     height, width
@@ -119,24 +144,33 @@ def sampled_product(
         return (left @ right.t()).flatten()
     row, column = index.div(width, rounding_mode="floor"), index % width
     left, row = (by_feature(left), row) if rows is None else (left, torch.searchsorted(rows, row))
-    right, column = (by_feature(right), column) if columns is None else (right, torch.searchsorted(columns, column))
+    right, column = (
+        (by_feature(right), column)
+        if columns is None
+        else (right, torch.searchsorted(columns, column))
+    )
     if left.device.type not in ("cpu", "cuda"):  # sampled_addmm has no kernel there
         pairs = zip(row.split(4096), column.split(4096), strict=True)
         return torch.cat([(left[r] * right[c]).sum(1) for r, c in pairs])
     _silence_sparse_warning()
     starts = torch.searchsorted(row, torch.arange(len(left) + 1, device=index.device))
     zeros = torch.zeros(len(index), dtype=precise, device=index.device)
-    pattern = torch.sparse_csr_tensor(starts, column, zeros, (len(left), len(right)), check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        starts, column, zeros, (len(left), len(right)), check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
 
 
-def sampled_rows(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None) -> Tensor:
+def sampled_rows(
+    grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None
+) -> Tensor:
     """Entries of an embedding table's gradient at sorted flat row-major positions, out of the rows looked up.
 
     Parameters
     ----------
     grad
-        The gradient of the looked-up rows, (..., width), floating point; half precision is summed in float32.
+        The gradient of the looked-up rows, (..., width), floating point; half precision is summed
+        in float32.
     ids
         Which rows were looked up, (...), integers.
     index
@@ -163,8 +197,8 @@ def sampled_rows(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_i
     return rows[place, index % width] * (seen[place] == row)
 
 
-# While compiling, operations of their own, with schemas and shapes: torch.compile takes each as one node, and finds no
-# break inside. A step that is not compiled calls the functions.
+# While compiling, operations of their own, with schemas and shapes: torch.compile takes each as one
+# node, and finds no break inside. A step that is not compiled calls the functions.
 product_operation = torch.library.custom_op(
     "selective_lite::sampled_product",
     sampled_product,
@@ -181,7 +215,13 @@ rows_operation = torch.library.custom_op(
 
 @product_operation.register_fake
 def _(
-    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Tensor | None, columns: Tensor | None
+    left: Tensor,
+    right: Tensor,
+    index: Tensor,
+    height: int,
+    width: int,
+    rows: Tensor | None,
+    columns: Tensor | None,
 ) -> Tensor:
     return left.new_empty(len(index), dtype=torch.promote_types(left.dtype, torch.float32))
 
@@ -194,13 +234,15 @@ def _(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | N
 def footprint(index: Tensor, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
     """The rows and the columns of a matrix that sorted positions lie in; None where they are too many to be gathered.
 
-    Both, whatever their number, if the positions are all of some rows or of some columns (neurons, attention heads):
-    then dense slices are multiplied.
+    Both, whatever their number, if the positions are all of some rows or of some columns (neurons,
+    attention heads): then dense slices are multiplied.
     """
     rows, columns = index.div(width, rounding_mode="floor").unique(), (index % width).unique()
     if len(index) == len(rows) * len(columns) and (len(rows) == height or len(columns) == width):
         return rows, columns
-    return rows if len(rows) < GATHER_BELOW * height else None, columns if len(columns) < GATHER_BELOW * width else None
+    return rows if len(rows) < GATHER_BELOW * height else None, columns if len(
+        columns
+    ) < GATHER_BELOW * width else None
 
 
 def columns_as_rows(operand: Tensor, features: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
 """Small modules beside a frozen matrix: LoRA (Hu et al. 2022) and the bottleneck Adapter (Houlsby et al. 2019).
 
-A module sits inside the ``nn.Linear`` (or Hugging Face ``Conv1D``) that it belongs to, whose class changes: no hook to
-lose in a `deepcopy`, and the layer's own weight and bias keep their names. A new module changes nothing: it starts as
-zero. LoRA can be merged into the weight; either kind can be taken out again.
+A module sits inside the ``nn.Linear`` (or Hugging Face ``Conv1D``) that it belongs to, whose class
+changes: no hook to lose in a `deepcopy`, and the layer's own weight and bias keep their names. A
+new module changes nothing: it starts as zero. LoRA can be merged into the weight; either kind can
+be taken out again.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class LoRA(nn.Module):
 
     kind: Kind = "lora"
 
-    def __init__(self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor
+    ) -> None:
         super().__init__()
         self.rank = rank
         self.A = nn.Parameter(_uniform((rank, d_in), generator, like))
@@ -83,7 +86,9 @@ class Adapter(nn.Module):
 
     kind: Kind = "adapter"
 
-    def __init__(self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor
+    ) -> None:
         super().__init__()
         self.rank = rank
         self.down = nn.Parameter(_uniform((rank, d_out), generator, like))
@@ -131,8 +136,8 @@ def linear_weights(
     model
         Any module.
     targets
-        Ends of module names, such as ``("query", "value")``; None takes every ``nn.Linear`` and Hugging Face
-        ``Conv1D``, except those tied to another kind of module, such as an embedding.
+        Ends of module names, such as ``("query", "value")``; None takes every ``nn.Linear`` and
+        Hugging Face ``Conv1D``, except those tied to another kind of module, such as an embedding.
     head
         As in `weights`.
 
@@ -142,13 +147,21 @@ def linear_weights(
         If there is none, or a target names none, or one that cannot have a small module.
     """
     places = owners(model)
-    layers = {name: {layer for layer, _ in places[name]} for name in weights(model, head) if _plain(places[name])}
+    layers = {
+        name: {layer for layer, _ in places[name]}
+        for name in weights(model, head)
+        if _plain(places[name])
+    }
     if not layers:
-        raise ValueError("model has no nn.Linear or Conv1D outside its head that could have a small module")
+        raise ValueError(
+            "model has no nn.Linear or Conv1D outside its head that could have a small module"
+        )
     plain = set().union(*layers.values())
     chosen = plain if targets is None else set()
     for target in (targets,) if isinstance(targets, str) else targets or ():
-        meant = {module for path, module in model.named_modules() if ("." + path).endswith("." + target)}
+        meant = {
+            module for path, module in model.named_modules() if ("." + path).endswith("." + target)
+        }
         if not meant or not meant <= plain:
             raise ValueError(
                 f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or one that is tied to "
@@ -158,7 +171,9 @@ def linear_weights(
     return [name for name in layers if layers[name] & chosen]
 
 
-def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[list[Any], int, int]]:
+def find_layers(
+    model: nn.Module, ranks: Mapping[str, int]
+) -> dict[str, tuple[list[Any], int, int]]:
     """Where small modules of these ranks can go, ``{weight name: (layers, d_in, d_out)}``; raises as `add_adapters`."""
     places = owners(model)
     check_names(ranks, places, "names")
@@ -167,11 +182,17 @@ def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[l
         layers: list[Any] = [layer for layer, _ in places[name]]
         for layer in layers:
             if hasattr(type(layer), "adapter_base"):
-                raise ValueError(f"the layer of {name!r} has a small module already; merge or remove that first")
+                raise ValueError(
+                    f"the layer of {name!r} has a small module already; merge or remove that first"
+                )
             if any(parameter.endswith(SUFFIX) for parameter in layer._parameters):
-                raise ValueError(f"the layer of {name!r} is in masked training; add small modules before it")
+                raise ValueError(
+                    f"the layer of {name!r} is in masked training; add small modules before it"
+                )
             if "forward" in vars(layer):
-                raise ValueError(f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first")
+                raise ValueError(
+                    f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first"
+                )
         sizes = linear_sizes(layers[0])
         if sizes is None or not _plain(places[name]) or not layers[0].weight.is_floating_point():
             kinds = " and a ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
@@ -180,7 +201,9 @@ def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[l
                 "small module"
             )
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(sizes):
-            raise ValueError(f"rank={rank!r} does not fit {name!r}; give an int from 1 to {min(sizes)}")
+            raise ValueError(
+                f"rank={rank!r} does not fit {name!r}; give an int from 1 to {min(sizes)}"
+            )
         found[name] = (layers, *sizes)
     return found
 
@@ -193,10 +216,12 @@ def add_adapters(
     Parameters
     ----------
     model
-        Changed in place: a layer gets a child module ``adapter``, its weight and bias keep their names.
+        Changed in place: a layer gets a child module ``adapter``, its weight and bias keep their
+        names.
     names
-        Of weights of ``nn.Linear`` or Hugging Face's ``Conv1D``, such as ``"encoder.0.query.weight"``;
-        `linear_weights` finds them. Layers that share a weight share its module.
+        Of weights of ``nn.Linear`` or Hugging Face's ``Conv1D``, such as
+        ``"encoder.0.query.weight"``; `linear_weights` finds them. Layers that share a weight share
+        its module.
     kind
         ``"lora"``, or ``"adapter"``, the bottleneck.
     rank
@@ -212,8 +237,9 @@ def add_adapters(
     Raises
     ------
     ValueError
-        For an unknown kind or name, a rank outside [1, min(d_in, d_out)], a weight of another layer than those two
-        (or tied to one), or a layer that has a small module or is in masked training. The model is unchanged.
+        For an unknown kind or name, a rank outside [1, min(d_in, d_out)], a weight of another layer
+        than those two (or tied to one), or a layer that has a small module or is in masked
+        training. The model is unchanged.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
@@ -248,7 +274,10 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 def _layers(model: nn.Module) -> dict[str, list[Any]]:
     """The layers that have a small module, by the name of their weight."""
     places = owners(model).items()
-    found = {n: [m for m, part in at if part == "weight" and hasattr(type(m), "adapter_base")] for n, at in places}
+    found = {
+        n: [m for m, part in at if part == "weight" and hasattr(type(m), "adapter_base")]
+        for n, at in places
+    }
     return {name: layers for name, layers in found.items() if layers}
 
 
@@ -257,13 +286,17 @@ def adapters(model: nn.Module) -> dict[str, Any]:
     return {name: layers[0].adapter for name, layers in _layers(model).items()}
 
 
-def adapter_parameters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+def adapter_parameters(
+    model: nn.Module, names: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
     """The weights of small modules, by their names in the model, such as ``"encoder.0.query.adapter.A"``.
 
     `names` of the layers' weights, default all; a name without a small module has no entry.
     """
     found = (
-        (n.removesuffix("weight") + "adapter.", m) for n, m in adapters(model).items() if names is None or n in names
+        (n.removesuffix("weight") + "adapter.", m)
+        for n, m in adapters(model).items()
+        if names is None or n in names
     )
     return {prefix + part: p for prefix, module in found for part, p in module.named_parameters()}
 
@@ -273,7 +306,9 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, list[Any
     names = list(found) if names is None else (names,) if isinstance(names, str) else names
     for name in names:
         if name not in found:
-            raise ValueError(f"names holds {name!r}, which has no small module; print(list(adapters(model)))")
+            raise ValueError(
+                f"names holds {name!r}, which has no small module; print(list(adapters(model)))"
+            )
         if not all("adapter_base" in vars(type(layer)) for layer in found[name]):
             raise ValueError(f"the layer of {name!r} is in masked training; leave that first")
     return {name: found[name] for name in names}
@@ -302,15 +337,20 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None
     Raises
     ------
     ValueError
-        As `remove_adapters`, and for a bottleneck Adapter, which is no difference of a weight. The model is unchanged.
+        As `remove_adapters`, and for a bottleneck Adapter, which is no difference of a weight. The
+        model is unchanged.
     """
     chosen = _chosen(model, names)
     for name, (layer, *_) in chosen.items():
         if not hasattr(layer.adapter, "difference"):
-            raise ValueError(f"the small module of {name!r} is a bottleneck Adapter, which cannot be merged; keep it")
+            raise ValueError(
+                f"the small module of {name!r} is a bottleneck Adapter, which cannot be merged; keep it"
+            )
     for layer, *_ in chosen.values():
         difference, weight = layer.adapter.difference(), layer.weight
-        oriented = difference if isinstance(layer, nn.Linear) else difference.t()  # Conv1D holds W^T
+        oriented = (
+            difference if isinstance(layer, nn.Linear) else difference.t()
+        )  # Conv1D holds W^T
         # (eq-merge)  W <- W + B A
         weight.copy_(weight.to(difference.dtype) + oriented)
     remove_adapters(model, list(chosen))

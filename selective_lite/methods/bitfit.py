@@ -1,7 +1,8 @@
 """BitFit (Ben Zaken, Ravfogel and Goldberg 2022, ACL): train the biases, nothing else.
 
-A rule is a selection too, and one that sizes itself: about 0.1 % of a BERT. Weights of norms are no biases. The paper's
-smaller variant takes the biases of the queries and of the first projection in the MLP (its b_q and b_m2), half as many.
+A rule is a selection too, and one that sizes itself: about 0.1 % of a BERT. Weights of norms are no
+biases. The paper's smaller variant takes the biases of the queries and of the first projection in
+the MLP (its b_q and b_m2), half as many.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from ..params import weights
 from ..selection import Selection, select_tensors
 from ..training import Phase, fixed_mask
 
-QUERY_AND_MLP = ("query", "intermediate.dense")  # the paper's variant, as `transformers` names BERT's modules
+QUERY_AND_MLP = (
+    "query",
+    "intermediate.dense",
+)  # the paper's variant, as `transformers` names BERT's modules
 
 
 def is_bias(name: str) -> bool:
@@ -23,7 +27,9 @@ def is_bias(name: str) -> bool:
     return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
 
 
-def biases(model: nn.Module, parts: Sequence[str] | None = None, *, head: Sequence[str] | None = None) -> Selection:
+def biases(
+    model: nn.Module, parts: Sequence[str] | None = None, *, head: Sequence[str] | None = None
+) -> Selection:
     """All biases outside the head, whole, or those of the modules that `parts` names.
 
     Parameters
@@ -31,8 +37,9 @@ def biases(model: nn.Module, parts: Sequence[str] | None = None, *, head: Sequen
     model
         Any module.
     parts
-        Whole dotted parts of names, anywhere in a bias's name: ``("query", "intermediate.dense")``. ``"output.dense"``
-        is in the attention blocks as well as in the MLPs. ``None`` takes every bias.
+        Whole dotted parts of names, anywhere in a bias's name: ``("query", "intermediate.dense")``.
+        ``"output.dense"`` is in the attention blocks as well as in the MLPs. ``None`` takes every
+        bias.
     head
         As in `weights`.
 
@@ -50,7 +57,9 @@ def biases(model: nn.Module, parts: Sequence[str] | None = None, *, head: Sequen
         wanted = (parts,) if isinstance(parts, str) else tuple(parts)
         for part in wanted:
             if not any(_has(name, part) for name in names):
-                raise ValueError(f"parts={part!r} is in no bias's name; their names are such as {names[:3]}")
+                raise ValueError(
+                    f"parts={part!r} is in no bias's name; their names are such as {names[:3]}"
+                )
         names = [name for name in names if any(_has(name, part) for part in wanted)]
     return select_tensors(model, lambda name, _: name in names, head)
 
@@ -91,5 +100,12 @@ def bitfit(
     # (eq-bitfit)  y = W x + b,  only b is trained
     selection = biases(model, parts, head=head)
     yield from fixed_mask(
-        model, selection, lr=lr, epochs=epochs, lr_head=lr_head, head=head, weight_decay=weight_decay, name="BitFit"
+        model,
+        selection,
+        lr=lr,
+        epochs=epochs,
+        lr_head=lr_head,
+        head=head,
+        weight_decay=weight_decay,
+        name="BitFit",
     )

@@ -1,8 +1,9 @@
 """Child-Tuning (Xu et al. 2021, EMNLP): update only a child network, drawn anew at each step (F) or chosen once (D).
 
-F, task-free, keeps each entry of a gradient with probability p and divides by p: noise that regularises fine-tuning, in
-which every weight moves sooner or later. D, task-driven, keeps the fraction p of the weights with the most Fisher
-information, for the whole training: a fixed mask. Their p is 0.2 to 0.4, far more than a small delta holds.
+F, task-free, keeps each entry of a gradient with probability p and divides by p: noise that
+regularises fine-tuning, in which every weight moves sooner or later. D, task-driven, keeps the
+fraction p of the weights with the most Fisher information, for the whole training: a fixed mask.
+Their p is 0.2 to 0.4, far more than a small delta holds.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def child_tuning_f(
 ) -> Generator[Phase, None, None]:
     """A method: train everything, the head too, on gradients of which a fresh random part is kept at every step.
 
-    The optimizer's momentum still moves entries whose draw is 0, as in the authors' code. Gradients are clipped after
-    they are masked; the authors clip before.
+    The optimizer's momentum still moves entries whose draw is 0, as in the authors' code. Gradients
+    are clipped after they are masked; the authors clip before.
 
     Parameters
     ----------
@@ -67,7 +68,13 @@ def child_tuning_f(
                     q.grad.mul_(draw(q.shape, p, generator).to(q.device)).div_(p)
 
     everything = full_finetuning(
-        model, lr=lr, epochs=epochs, lr_head=lr_head, head=head, weight_decay=weight_decay, name="Child-Tuning-F"
+        model,
+        lr=lr,
+        epochs=epochs,
+        lr_head=lr_head,
+        head=head,
+        weight_decay=weight_decay,
+        name="Child-Tuning-F",
     )
     with closing(everything) as phases:
         for phase in phases:
@@ -99,8 +106,9 @@ def child_network(
     p
         In (0, 1].
     reduction
-        ``"per_sample"`` (the paper's Fisher information), or ``"batch"``: squares of the batches' mean gradients, as
-        in the authors' code, which also clips each tensor's gradient to norm 1 before it squares.
+        ``"per_sample"`` (the paper's Fisher information), or ``"batch"``: squares of the batches'
+        mean gradients, as in the authors' code, which also clips each tensor's gradient to norm 1
+        before it squares.
     frozen
         Names or prefixes of tensors that are not selected from.
 
@@ -138,7 +146,8 @@ def child_tuning_d(
     batches, p, reduction, loss, frozen
         As in `child_network`.
     lr, lr_head, epochs, head, weight_decay
-        As in `fixed_mask`; decay acts on the child network only (in the authors' code on every weight).
+        As in `fixed_mask`; decay acts on the child network only (in the authors' code on every
+        weight).
 
     Yields
     ------
@@ -150,7 +159,9 @@ def child_tuning_d(
     ValueError
         As in `child_network` and `masked`; the model is then unchanged.
     """
-    selection = child_network(model, batches, p=p, reduction=reduction, loss=loss, head=head, frozen=frozen)
+    selection = child_network(
+        model, batches, p=p, reduction=reduction, loss=loss, head=head, frozen=frozen
+    )
     yield from fixed_mask(
         model,
         selection,
@@ -165,4 +176,6 @@ def child_tuning_d(
 
 def _check(p: float) -> None:
     if not 0 < p <= 1:
-        raise ValueError(f"p={p} is outside (0, 1]; it is the share of the weights in the child network")
+        raise ValueError(
+            f"p={p} is outside (0, 1]; it is the share of the weights in the child network"
+        )

@@ -1,7 +1,8 @@
 """FISH mask (Sung, Nair and Raffel 2021, NeurIPS): train the weights with the largest Fisher information.
 
-The Fisher information of a weight is its expected squared gradient, taken sample by sample. The k weights that have
-most of it, over the whole model at once, are chosen before training and never again: the mask is fixed.
+The Fisher information of a weight is its expected squared gradient, taken sample by sample. The k
+weights that have most of it, over the whole model at once, are chosen before training and never
+again: the mask is fixed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from typing import Literal
 
 from torch import nn
 
-from ..scores import Batch, Loss, Scores, exclude, expected_squared_gradient, model_loss, squared_gradient
+from ..scores import (
+    Batch,
+    Loss,
+    Scores,
+    exclude,
+    expected_squared_gradient,
+    model_loss,
+    squared_gradient,
+)
 from ..selection import Selection, select
 from ..training import Phase, fixed_mask
 
@@ -37,10 +46,12 @@ def fisher_information(
     batches
         Mappings of tensors whose first dimension is the sample.
     samples
-        How many samples are used, in the order of `batches`; all where there are fewer. The authors use 1,024.
+        How many samples are used, in the order of `batches`; all where there are fewer. The authors
+        use 1,024.
     fisher
-        ``"empirical"`` takes the given labels (the authors' default); ``"sampled"`` draws one label a sample from the
-        model; ``"expected"`` weighs every class with its probability (both are the true Fisher, for classifiers).
+        ``"empirical"`` takes the given labels (the authors' default); ``"sampled"`` draws one label
+        a sample from the model; ``"expected"`` weighs every class with its probability (both are
+        the true Fisher, for classifiers).
     loss
         ``(model, batch) -> scalar``; the expected form has -log p of the logits instead.
     head
@@ -56,10 +67,13 @@ def fisher_information(
     Raises
     ------
     ValueError
-        For an unknown option, fewer than one sample, and as in `squared_gradient` and `expected_squared_gradient`.
+        For an unknown option, fewer than one sample, and as in `squared_gradient` and
+        `expected_squared_gradient`.
     """
     if fisher not in ("empirical", "sampled", "expected"):
-        raise ValueError(f"fisher={fisher!r} is unknown; choose 'empirical', 'sampled' or 'expected'")
+        raise ValueError(
+            f"fisher={fisher!r} is unknown; choose 'empirical', 'sampled' or 'expected'"
+        )
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     part = first_samples(batches, samples)
@@ -104,7 +118,8 @@ def fish(
 ) -> Generator[Phase, None, None]:
     """A method: score with the Fisher information, select k, train those.
 
-    The head is trained beside the k weights. In the authors' code it is inside: k = int(all * ratio) - |classifier|.
+    The head is trained beside the k weights. In the authors' code it is inside: k = int(all *
+    ratio) - |classifier|.
 
     Parameters
     ----------
@@ -119,8 +134,8 @@ def fish(
     samples, fisher, loss, head, seed
         As in `fisher_information`.
     frozen
-        Names or prefixes of tensors that are not selected from, such as a convolution, which no mask can train a part
-        of.
+        Names or prefixes of tensors that are not selected from, such as a convolution, which no
+        mask can train a part of.
 
     Yields
     ------
@@ -132,9 +147,18 @@ def fish(
     ValueError
         As in `fisher_information`, `select` and `masked`; the model is then unchanged.
     """
-    scores = fisher_information(model, batches, samples=samples, fisher=fisher, loss=loss, head=head, seed=seed)
+    scores = fisher_information(
+        model, batches, samples=samples, fisher=fisher, loss=loss, head=head, seed=seed
+    )
     selection = fish_mask(scores, budget, frozen=frozen)
     del scores  # as large as the model
     yield from fixed_mask(
-        model, selection, lr=lr, epochs=epochs, lr_head=lr_head, head=head, weight_decay=weight_decay, name="FISH"
+        model,
+        selection,
+        lr=lr,
+        epochs=epochs,
+        lr_head=lr_head,
+        head=head,
+        weight_decay=weight_decay,
+        name="FISH",
     )

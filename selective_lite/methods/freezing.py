@@ -17,8 +17,8 @@ BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 def depths(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, int]:
     """The depth of every candidate tensor, ``{name: depth}``.
 
-    0 for what comes before the first numbered block (embeddings), i + 1 for block i, and one more than the last block
-    for what comes after it (a pooler, a final norm).
+    0 for what comes before the first numbered block (embeddings), i + 1 for block i, and one more
+    than the last block for what comes after it (a pooler, a final norm).
 
     Raises
     ------
@@ -28,7 +28,9 @@ def depths(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, int
     names = list(weights(model, head))
     found = {name: match for name in names if (match := BLOCK.match(name))}
     if not found:
-        raise ValueError("model has no numbered blocks, such as 'encoder.layer.3'; give a rule of your own to `rule`")
+        raise ValueError(
+            "model has no numbered blocks, such as 'encoder.layer.3'; give a rule of your own to `rule`"
+        )
     last = 1 + max(int(match.group(2)) for match in found.values())
     depth, result = 0, {}
     for name in names:
@@ -94,7 +96,9 @@ def layerwise_rates(
     for level in sorted(set(depth.values())):
         members = [p for name, p in weights(model, head).items() if depth[name] == level]
         # (eq-layerwise)  lr_l = lr * decay^(L - l)
-        groups.append({"params": members, "lr": lr * decay ** (deepest - level), "weight_decay": 0.0})
+        groups.append(
+            {"params": members, "lr": lr * decay ** (deepest - level), "weight_decay": 0.0}
+        )
     groups += head_group(list(head_weights(model, head).values()), lr, lr_head, weight_decay=0.0)
     with only_trainable(model, [p for group in groups for p in group["params"]]):
         yield Phase("layer-wise", groups, epochs)

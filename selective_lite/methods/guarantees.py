@@ -32,7 +32,10 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "diff_pruning": _SELECTED,
     "sara": _SELECTED,  # given a budget; weights that outgrow the threshold stop training, and are still in the delta
     "spt": ("nearest", "rest bit-identical", "sparse"),
-    "sora": ("additive", "rest bit-identical"),  # merged in the end: a matrix that had a module then differs everywhere
+    "sora": (
+        "additive",
+        "rest bit-identical",
+    ),  # merged in the end: a matrix that had a module then differs everywhere
 }
 
 
@@ -40,5 +43,8 @@ def table() -> str:
     """The promises as a Markdown table: a row a method, a column a promise."""
     columns = list(MEANING)
     rows = [["method", *columns], ["---"] * (1 + len(columns))]
-    rows += [[f"`{name}`", *("yes" if c in made else "" for c in columns)] for name, made in PROMISES.items()]
+    rows += [
+        [f"`{name}`", *("yes" if c in made else "" for c in columns)]
+        for name, made in PROMISES.items()
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,8 +1,9 @@
 """SaRA (Hu et al. 2024, arXiv 2409.06633, ICLR 2025): the smallest weights do the least, so train those.
 
-Selected is what lies below a threshold, |w| < t (or the k smallest). Half way, those that have outgrown it stop
-training (*progressive re-selection*), and a *nuclear-norm* loss keeps the selected matrix low in rank. Several
-tutorials call the method SARA and cite 2311.11696: that is SoRA, a gated LoRA, and no relative (see `sora`).
+Selected is what lies below a threshold, |w| < t (or the k smallest). Half way, those that have
+outgrown it stop training (*progressive re-selection*), and a *nuclear-norm* loss keeps the selected
+matrix low in rank. Several tutorials call the method SARA and cite 2311.11696: that is SoRA, a
+gated LoRA, and no relative (see `sora`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from ..scores import magnitude
 from ..selection import Selection, select
 from ..training import Group, Phase, Schedule, cosine_decay, head_group
 
-FEWEST = 100  # as in the authors' code, a matrix with no more selected entries has no nuclear-norm loss
+FEWEST = (
+    100  # as in the authors' code, a matrix with no more selected entries has no nuclear-norm loss
+)
 
 
 def learning_rate(threshold: float) -> float:
@@ -30,7 +33,9 @@ def learning_rate(threshold: float) -> float:
     return 1e-3 * math.exp(-350 * threshold)
 
 
-def smaller_than(model: nn.Module, threshold: float, head: Sequence[str] | None = None) -> Selection:
+def smaller_than(
+    model: nn.Module, threshold: float, head: Sequence[str] | None = None
+) -> Selection:
     """Every weight with |w| < threshold; how many these are depends on the scale of the weights, not on a budget.
 
     Parameters
@@ -59,9 +64,13 @@ def smaller_than(model: nn.Module, threshold: float, head: Sequence[str] | None 
     selection = Selection(indices, {name: tuple(p.shape) for name, p in candidates.items()})
     if selection.count == 0:
         smallest = min(float(p.detach().abs().min()) for p in candidates.values())
-        raise ValueError(f"threshold={threshold} selects no weight: the smallest |w| is {smallest:.3g}; raise it")
+        raise ValueError(
+            f"threshold={threshold} selects no weight: the smallest |w| is {smallest:.3g}; raise it"
+        )
     if selection.count == selection.total:
-        raise ValueError(f"threshold={threshold} selects all {selection.total} weights; lower it, or use `dense`")
+        raise ValueError(
+            f"threshold={threshold} selects all {selection.total} weights; lower it, or use `dense`"
+        )
     return selection
 
 
@@ -70,13 +79,15 @@ class _NuclearNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, width: int) -> Tensor:
-        # Rows and columns without a selected weight add nothing to any singular value: leave them out.
+        # Rows and columns without a selected weight add nothing to any singular value: leave them
+        # out.
         rows, row = index.div(width, rounding_mode="floor").unique(return_inverse=True)
         columns, column = (index % width).unique(return_inverse=True)
         selected = values.new_zeros(len(rows), len(columns))
         selected[row, column] = values
         u, s, vh = torch.linalg.svd(selected, full_matrices=False)
-        # Singular vectors of a zero value are arbitrary: without them the gradient is the subgradient of least norm.
+        # Singular vectors of a zero value are arbitrary: without them the gradient is the
+        # subgradient of least norm.
         nonzero = s > s[:1] * max(selected.shape) * torch.finfo(s.dtype).eps
         # (eq-sara-nuclear-gradient)  d||W * M||_* / dW = U V^T * M
         ctx.save_for_backward((u[:, nonzero] @ vh[nonzero])[row, column])
@@ -92,8 +103,8 @@ class _NuclearNorm(torch.autograd.Function):
 def nuclear_norm(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     """||W * M||_* of a matrix that is zero except for `values`, with its gradient U V^T at these entries.
 
-    It forms the dense matrix of the rows and columns that hold a selected weight, and its SVD: the one place where a
-    masked method pays for a whole matrix.
+    It forms the dense matrix of the rows and columns that hold a selected weight, and its SVD: the
+    one place where a masked method pays for a whole matrix.
 
     Parameters
     ----------
@@ -136,7 +147,9 @@ class SaRASchedule:
         self.values = dict(zip(self.positions, training.parameters(), strict=True))
         self.generator = torch.Generator().manual_seed(seed)
         self.counts, self.step = [training.selection.count], 0
-        self.matrices = [n for n in self.values if len(self.shapes[n]) == 2 and min(self.shapes[n]) > min_side]
+        self.matrices = [
+            n for n in self.values if len(self.shapes[n]) == 2 and min(self.shapes[n]) > min_side
+        ]
         if lam and not any(len(self.positions[name]) > FEWEST for name in self.matrices):
             raise ValueError(
                 f"lam={lam} weighs the nuclear norm of no matrix: none has more than {FEWEST} selected weights and "
@@ -146,23 +159,35 @@ class SaRASchedule:
     @property
     def selection(self) -> Selection:
         """The weights that are trained now."""
-        return Selection({name: i for name, i in self.positions.items() if len(i)}, dict(self.shapes))
+        return Selection(
+            {name: i for name, i in self.positions.items() if len(i)}, dict(self.shapes)
+        )
 
     def penalty(self) -> Tensor:
         """lambda ||W * M||_* of one random matrix, a scalar with gradient; zero if few of its weights are selected."""
-        name = self.matrices[int(torch.randint(len(self.matrices), (), generator=self.generator, device="cpu"))]
+        name = self.matrices[
+            int(torch.randint(len(self.matrices), (), generator=self.generator, device="cpu"))
+        ]
         values = self.values[name].reshape(-1)
         if len(values) <= FEWEST:
             return values.new_zeros(())
-        return self.lam * nuclear_norm(values, self.positions[name].to(values.device), self.shapes[name])
+        return self.lam * nuclear_norm(
+            values, self.positions[name].to(values.device), self.shapes[name]
+        )
 
     def check(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         """Before each step: raise a `ValueError`, at the first, if the phase ends before the re-selection."""
         self.step += 1
         steps = round(self.step / progress)
-        self.due = max(1, round(self.reselect * steps)) if isinstance(self.reselect, float) else self.reselect
+        self.due = (
+            max(1, round(self.reselect * steps))
+            if isinstance(self.reselect, float)
+            else self.reselect
+        )
         if self.due is not None and self.due >= steps:
-            raise ValueError(f"reselect={self.reselect} is not before the end of a phase of {steps} steps; lower it")
+            raise ValueError(
+                f"reselect={self.reselect} is not before the end of a phase of {steps} steps; lower it"
+            )
 
     @torch.no_grad()
     def update(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
@@ -178,7 +203,9 @@ class SaRASchedule:
         # (eq-sara-progressive)  M' = M * 1[|w| < t], with the weights of now
         keep = {name: values.abs() < self.threshold for name, values in self.values.items()}
         if not any(kept.any() for kept in keep.values()):
-            raise ValueError(f"no selected weight is below {self.threshold:.3g} after step {self.step}; lower lr")
+            raise ValueError(
+                f"no selected weight is below {self.threshold:.3g} after step {self.step}; lower lr"
+            )
         self.training.shrink(keep, optimizer)
         for name, kept in keep.items():
             self.positions[name] = self.positions[name][kept.cpu()]
@@ -208,17 +235,19 @@ def sara(
     model
         As in `masked`.
     threshold, budget
-        One of them: select |w| < threshold, or exactly the k smallest |w| (a budget as in `select`), whose threshold
-        is just above the k-th.
+        One of them: select |w| < threshold, or exactly the k smallest |w| (a budget as in
+        `select`), whose threshold is just above the k-th.
     epochs
         Passes over the batches.
     lr, lr_head
-        Of the selected weights (default: `learning_rate` of the threshold) and of the head (default: the same).
+        Of the selected weights (default: `learning_rate` of the threshold) and of the head
+        (default: the same).
     lam
         Weight of the nuclear norm, 0 for none. It costs an SVD a step.
     reselect
-        When the weights that have outgrown the threshold stop training: after a step (int) or a fraction of the phase
-        (float in (0, 1)); None for never. They keep the value they have then; the others keep their moments.
+        When the weights that have outgrown the threshold stop training: after a step (int) or a
+        fraction of the phase (float in (0, 1)); None for never. They keep the value they have then;
+        the others keep their moments.
     min_side
         The nuclear norm is that of a matrix with both sides over this.
     schedule
@@ -238,14 +267,16 @@ def sara(
     Raises
     ------
     ValueError, TypeError
-        For a bad option or selection (the model is unchanged); from the phase, as `Progressive.check`
-        and `Progressive.update` do.
+        For a bad option or selection (the model is unchanged); from the phase, as
+        `Progressive.check` and `Progressive.update` do.
     """
     if (threshold is None) is (budget is None):
         raise ValueError("give one of threshold (|w| below it) and budget (the k smallest)")
     allowed = 0 < reselect < 1 if isinstance(reselect, float) else reselect is None or reselect >= 1
     if isinstance(reselect, bool) or not allowed:
-        raise ValueError(f"reselect={reselect} must be a step (int), a fraction in (0, 1) (float), or None")
+        raise ValueError(
+            f"reselect={reselect} must be a step (int), a fraction in (0, 1) (float), or None"
+        )
     if not lam >= 0:
         raise ValueError(f"lam={lam} must not be negative; 0 leaves the nuclear norm out")
     if budget is not None:
@@ -257,7 +288,9 @@ def sara(
         if threshold is None:  # just above the k-th
             largest = max(float(values.detach().abs().max()) for values in training.parameters())
             threshold = float(np.nextafter(np.float32(largest), np.float32(np.inf)))
-        state = SaRASchedule(training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed)
+        state = SaRASchedule(
+            training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed
+        )
         rate = learning_rate(threshold) if lr is None else lr
         common: Group = {"weight_decay": weight_decay, "schedule": schedule}
         groups: list[Group] = [{"params": training.parameters(), "lr": rate, **common}]

@@ -1,7 +1,8 @@
 """SoRA (Ding et al. 2023, arXiv 2311.11696, EMNLP): LoRA with a gate on every rank, driven to zero by a proximal step.
 
-y = W0 x + (alpha/r) B (g * A x). It adds a low-rank update and selects among *its* ranks, none of the model's own
-weights: the book has it as a contrast, and because tutorials cite its number for SaRA.
+y = W0 x + (alpha/r) B (g * A x). It adds a low-rank update and selects among *its* ranks, none of
+the model's own weights: the book has it as a contrast, and because tutorials cite its number for
+SaRA.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class GatedLowRank(nn.Module):
 
     kind = "sora"
 
-    def __init__(self, d_in: int, d_out: int, rank: int, scaling: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, scaling: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         bound = d_in**-0.5  # what kaiming_uniform_(a=sqrt(5)) gives
         a = torch.rand(rank, d_in, generator=generator, device="cpu")
@@ -38,13 +41,17 @@ class GatedLowRank(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output y (..., d_out) with the share of its input x (..., d_in) added."""
         # (eq-sora)  y = W0 x + (alpha/r) B (g * A x)
-        update = self.scaling * functional.linear(self.gate * functional.linear(x.to(self.A.dtype), self.A), self.B)
+        update = self.scaling * functional.linear(
+            self.gate * functional.linear(x.to(self.A.dtype), self.A), self.B
+        )
         return y + update.to(y.dtype)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """A plain LoRA of scaling 1 without the closed ranks: A' = (alpha/r) g A and B, detached."""
         opened = self.gate.detach() != 0
-        return self.scaling * self.gate.detach()[opened, None] * self.A.detach()[opened], self.B.detach()[:, opened]
+        return self.scaling * self.gate.detach()[opened, None] * self.A.detach()[
+            opened
+        ], self.B.detach()[:, opened]
 
     def difference(self) -> Tensor:
         """(alpha/r) B diag(g) A, (d_out, d_in)."""
@@ -55,12 +62,14 @@ class GatedLowRank(nn.Module):
 class SoRA:
     """Gated low-rank updates beside a model's matrices; leaving merges them, and the model is an ordinary one again.
 
-    Inside, ``model.parameters()`` that require gradients are the factors, the gates and the task head.
+    Inside, ``model.parameters()`` that require gradients are the factors, the gates and the task
+    head.
 
     Parameters
     ----------
     model
-        The model, changed in place until the context is left (or `close` is called). Its own weights are frozen.
+        The model, changed in place until the context is left (or `close` is called). Its own
+        weights are frozen.
     rank
         r of every update.
     alpha
@@ -75,15 +84,17 @@ class SoRA:
     Attributes
     ----------
     updates
-        ``{name of the weight: GatedLowRank}``, in float32 (float64 beside float64 weights), on the weight's device.
+        ``{name of the weight: GatedLowRank}``, in float32 (float64 beside float64 weights), on the
+        weight's device.
     closed
         Whether the updates were merged.
 
     Raises
     ------
     ValueError
-        If a target names nothing or what has no low-rank update, the rank is no int between 1 and a matrix's smaller
-        side, or the model is already in masked or SoRA training. The model is unchanged.
+        If a target names nothing or what has no low-rank update, the rank is no int between 1 and a
+        matrix's smaller side, or the model is already in masked or SoRA training. The model is
+        unchanged.
     """
 
     def __init__(
@@ -96,14 +107,18 @@ class SoRA:
         head: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if any(compact_parameters(model)) or any(isinstance(module, GatedLowRank) for module in model.modules()):
+        if any(compact_parameters(model)) or any(
+            isinstance(module, GatedLowRank) for module in model.modules()
+        ):
             raise ValueError("model is already in masked or SoRA training; leave that first")
         places = find_layers(model, dict.fromkeys(linear_weights(model, targets, head), rank))
         heads = head_weights(model, head)
         self.model, self.closed = model, False
         self.updates: dict[str, GatedLowRank] = {}
         paths = {module: path for path, module in model.named_modules()}
-        self._paths = {name: [paths[layer] for layer in layers] for name, (layers, _, _) in places.items()}
+        self._paths = {
+            name: [paths[layer] for layer in layers] for name, (layers, _, _) in places.items()
+        }
         self._dense = list(heads.values())
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
@@ -146,8 +161,8 @@ class SoRA:
         Returns
         -------
         tensors
-            ``base_model.model.<module>.lora_A.weight`` (r', inputs) and ``lora_B`` (outputs, r'), on CPU; gate and
-            scaling are inside A.
+            ``base_model.model.<module>.lora_A.weight`` (r', inputs) and ``lora_B`` (outputs, r'),
+            on CPU; gate and scaling are inside A.
         config
             For ``peft.LoraConfig(**config)``: every module's own rank, and scaling 1.
 
@@ -167,7 +182,12 @@ class SoRA:
             raise ValueError("every rank is closed, nothing is left to export; lower lam")
         config: dict[str, Any] = {"r": max(ranks.values()), "lora_alpha": max(ranks.values())}
         pattern = "|".join(key.removeprefix("^") for key in ranks)
-        return tensors, {**config, "rank_pattern": ranks, "alpha_pattern": dict(ranks), "target_modules": pattern}
+        return tensors, {
+            **config,
+            "rank_pattern": ranks,
+            "alpha_pattern": dict(ranks),
+            "target_modules": pattern,
+        }
 
     def close(self) -> None:
         """Merge the updates into the weights and make the model an ordinary one again; twice does nothing."""
@@ -196,25 +216,33 @@ def staircase(start: float, stages: int) -> Schedule:
     """A schedule for lambda: from `start` (a fraction, 0 in the authors' code) to 1 in equal stages (theirs: 7)."""
     if not 0 <= start <= 1 or stages < 2:
         raise ValueError(f"start={start} must be in [0, 1] and stages={stages} at least 2")
-    return lambda progress: start + (1 - start) * max(0, math.ceil(progress * stages) - 1) / (stages - 1)
+    return lambda progress: (
+        start + (1 - start) * max(0, math.ceil(progress * stages) - 1) / (stages - 1)
+    )
 
 
 class Proximal:
     """The proximal step on the gates, after the optimizer's; `path` keeps ``xi`` and the number of open ranks."""
 
-    def __init__(self, gates: Sequence[nn.Parameter], lam: float, schedule: Schedule, xi: float | None) -> None:
+    def __init__(
+        self, gates: Sequence[nn.Parameter], lam: float, schedule: Schedule, xi: float | None
+    ) -> None:
         self.gates, self.lam, self.schedule, self.xi = gates, lam, schedule, xi
         self.path: list[dict[str, float]] = []
 
     @torch.no_grad()
     def after_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         """Shrink every gate, by lr * lambda, or by the fixed xi."""
-        lr = next(g["lr"] for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"]))
+        lr = next(
+            g["lr"] for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"])
+        )
         # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
         xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(progress)
         for gate in self.gates:
             gate.copy_(soft_threshold(gate, xi))
-        self.path.append({"xi": xi, "open": float(sum(int(gate.count_nonzero()) for gate in self.gates))})
+        self.path.append(
+            {"xi": xi, "open": float(sum(int(gate.count_nonzero()) for gate in self.gates))}
+        )
 
 
 def sora(
@@ -234,13 +262,15 @@ def sora(
     Parameters
     ----------
     update
-        The updates of a model, ``SoRA(model, ...)``; closed when the iteration ends. Its `export` works after that.
+        The updates of a model, ``SoRA(model, ...)``; closed when the iteration ends. Its `export`
+        works after that.
     lr, lr_head
         Of factors and gates, and of the head (default: the same).
     epochs
         Passes over the batches.
     lam
-        lambda of the penalty lambda |g|_1. The default gives the authors' xi = 3e-4 at their rate of 8e-4.
+        lambda of the penalty lambda |g|_1. The default gives the authors' xi = 3e-4 at their rate
+        of 8e-4.
     lam_schedule
         Progress in (0, 1] -> multiplier of lambda (or of xi), such as ``staircase(0.0, 7)``.
     xi
@@ -261,7 +291,9 @@ def sora(
         If `update` was closed before, or lam or xi is negative.
     """
     if update.closed:
-        raise ValueError("update is closed: its model is an ordinary one again; make a new SoRA(model, ...)")
+        raise ValueError(
+            "update is closed: its model is an ordinary one again; make a new SoRA(model, ...)"
+        )
     with update:
         if not lam >= 0 or (xi is not None and not xi >= 0):
             raise ValueError(f"lam={lam} and xi={xi} must not be negative")

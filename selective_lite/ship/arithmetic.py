@@ -12,7 +12,9 @@ from .delta import Delta, assemble
 from .file import bits
 
 
-def combine(base: nn.Module, deltas: Sequence[Delta], weights: Sequence[float], *, head: int | None = None) -> Delta:
+def combine(
+    base: nn.Module, deltas: Sequence[Delta], weights: Sequence[float], *, head: int | None = None
+) -> Delta:
     """The delta whose difference to the base is the weighted sum of the differences of several.
 
     Where only one delta has a position and its weight is 1, the result has its value to the bit.
@@ -26,20 +28,26 @@ def combine(base: nn.Module, deltas: Sequence[Delta], weights: Sequence[float], 
     weights
         A finite number for each; a negative one takes a task away.
     head
-        Whose task head the result has, an index into `deltas`: a head is new, and no difference that could be summed.
-        ``None`` where all have the same head, or none.
+        Whose task head the result has, an index into `deltas`: a head is new, and no difference
+        that could be summed. ``None`` where all have the same head, or none.
 
     Raises
     ------
     DeltaError
         If a delta is not for this base.
     ValueError
-        If there are not as many weights as deltas, a weight is not finite, a delta has small modules, heads differ
-        and `head` does not say which, a tensor is the head of one delta and not of another, a sum is not finite in
-        the base's dtype, or all differences cancel out.
+        If there are not as many weights as deltas, a weight is not finite, a delta has small
+        modules, heads differ and `head` does not say which, a tensor is the head of one delta and
+        not of another, a sum is not finite in the base's dtype, or all differences cancel out.
     """
-    if not deltas or len(deltas) != len(weights) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights={list(weights)} must be a finite number for each of the {len(deltas)} deltas")
+    if (
+        not deltas
+        or len(deltas) != len(weights)
+        or not all(math.isfinite(weight) for weight in weights)
+    ):
+        raise ValueError(
+            f"weights={list(weights)} must be a finite number for each of the {len(deltas)} deltas"
+        )
     for i, delta in enumerate(deltas):
         if delta.modules:
             raise ValueError(
@@ -52,22 +60,33 @@ def combine(base: nn.Module, deltas: Sequence[Delta], weights: Sequence[float], 
     for delta, weight in zip(deltas, weights, strict=True):
         for name, (where, values) in delta._replaced().items():
             if name not in delta.head:
-                index = torch.arange(values.numel(), device="cpu") if where is None else where.long()
+                index = (
+                    torch.arange(values.numel(), device="cpu") if where is None else where.long()
+                )
                 parts.setdefault(name, []).append((weight, index, values.reshape(-1)))
     if clash := set(parts) & {name for delta in deltas for name in delta.head}:
         raise ValueError(f"deltas do not agree whether {min(clash)!r} is part of the head")
     changed = {name: _sum(name, named[name], parts[name]) for name in named if name in parts}
     if not (own_head or any(len(where) for where, _ in changed.values())):
-        raise ValueError(f"with weights={list(weights)} the differences cancel out; there is nothing to store")
-    terms = (f"{w:g} {delta.metadata['method']}".rstrip() for delta, w in zip(deltas, weights, strict=True))
-    return assemble(named, changed, own_head, {}, method=" + ".join(terms), total=deltas[0].metadata["total"])
+        raise ValueError(
+            f"with weights={list(weights)} the differences cancel out; there is nothing to store"
+        )
+    terms = (
+        f"{w:g} {delta.metadata['method']}".rstrip()
+        for delta, w in zip(deltas, weights, strict=True)
+    )
+    return assemble(
+        named, changed, own_head, {}, method=" + ".join(terms), total=deltas[0].metadata["total"]
+    )
 
 
 def _head(deltas: Sequence[Delta], chosen: int | None) -> dict[str, Tensor]:
     heads = [{name: bits(tensor) for name, tensor in delta.head.items()} for delta in deltas]
     if chosen is None:
         for i, other in enumerate(heads):
-            if set(other) != set(heads[0]) or not all(torch.equal(other[name], heads[0][name]) for name in other):
+            if set(other) != set(heads[0]) or not all(
+                torch.equal(other[name], heads[0][name]) for name in other
+            ):
                 raise ValueError(
                     f"deltas[0] and deltas[{i}] have different heads; give head=0 to head={len(heads) - 1}"
                 )
@@ -76,7 +95,9 @@ def _head(deltas: Sequence[Delta], chosen: int | None) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in deltas[chosen or 0].head.items()}
 
 
-def _sum(name: str, base: Tensor, parts: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _sum(
+    name: str, base: Tensor, parts: Sequence[tuple[float, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """The positions of one tensor at which the sum differs from the base, and its values there."""
     union = torch.unique(torch.cat([where for _, where, _ in parts]))
     theta0 = base.detach().reshape(-1)[union.to(base.device)].cpu()

@@ -11,15 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..layers.small import KINDS, adapter_parameters, adapters, add_adapters, find_layers, part_shapes, remove_adapters
+from ..layers.small import (
+    KINDS,
+    adapter_parameters,
+    adapters,
+    add_adapters,
+    find_layers,
+    part_shapes,
+    remove_adapters,
+)
 from ..params import head_weights, weights
 from .file import DeltaError, bits, digest, read, write
 from .positions import increasing, pack, unpack
 
 Encoding = Literal["flat", "gap-lzma"]
-# The oldest version that can hold it: 2 has small modules; in 3 one stream of gaps stands for all positions.
+# The oldest version that can hold it: 2 has small modules; in 3 one stream of gaps stands for all
+# positions.
 VERSIONS: dict[int, Encoding] = {1: "flat", 2: "flat", 3: "gap-lzma"}
-POSITIONS, VALUES, DENSE, HEAD, MODULES, GAPS = "positions/", "values/", "dense/", "head/", "modules/", "gaps"
+POSITIONS, VALUES, DENSE, HEAD, MODULES, GAPS = (
+    "positions/",
+    "values/",
+    "dense/",
+    "head/",
+    "modules/",
+    "gaps",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +45,20 @@ class Delta:
     Attributes
     ----------
     positions, values
-        ``{name: int32 or int64}`` and ``{name: tuned values}``; values replace the base's, they are not differences.
+        ``{name: int32 or int64}`` and ``{name: tuned values}``; values replace the base's, they are
+        not differences.
     dense
         ``{name: tensor}``, tensors of the base that changed everywhere.
     head
         ``{name: tensor}``, the task head; it is new, and no part of the base's fingerprint.
     metadata
-        ``version``, ``method``, ``shapes`` and ``dtypes`` by name, and ``fingerprint``: a SHA-256 of the base's own
-        values wherever the delta replaces them, and of as many of a matrix's values as its small module has. With
-        small modules also ``modules``, ``{weight name: {"kind": "lora" or "adapter", "rank": int}}``.
+        ``version``, ``method``, ``shapes`` and ``dtypes`` by name, and ``fingerprint``: a SHA-256
+        of the base's own values wherever the delta replaces them, and of as many of a matrix's
+        values as its small module has. With small modules also ``modules``, ``{weight name:
+        {"kind": "lora" or "adapter", "rank": int}}``.
     modules
-        ``{weight name: {part: tensor}}``, the small modules of `adapters`; the weights they belong to are the base's.
+        ``{weight name: {part: tensor}}``, the small modules of `adapters`; the weights they belong
+        to are the base's.
     """
 
     positions: dict[str, Tensor]
@@ -52,7 +71,11 @@ class Delta:
     @property
     def count(self) -> int:
         """Number of replaced weights outside the head, and of the small modules' weights."""
-        return sum(t.numel() for key, t in self._tensors().items() if key.startswith((VALUES, DENSE, MODULES)))
+        return sum(
+            t.numel()
+            for key, t in self._tensors().items()
+            if key.startswith((VALUES, DENSE, MODULES))
+        )
 
     @property
     def nbytes(self) -> int:
@@ -62,17 +85,34 @@ class Delta:
     def _replaced(self) -> dict[str, tuple[Tensor | None, Tensor]]:
         """What replaces the base's values, ``{name: (positions, or None for the whole tensor, values)}``."""
         whole = {name: (None, tensor) for name, tensor in (*self.dense.items(), *self.head.items())}
-        return {**whole, **{name: (self.positions[name], values) for name, values in self.values.items()}}
+        return {
+            **whole,
+            **{name: (self.positions[name], values) for name, values in self.values.items()},
+        }
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """Every stored tensor but the positions, with the name of the base's tensor that it belongs to."""
-        small = [(name, tensor) for name, parts in self.modules.items() for tensor in parts.values()]
+        small = [
+            (name, tensor) for name, parts in self.modules.items() for tensor in parts.values()
+        ]
         return [*self.values.items(), *self.dense.items(), *self.head.items(), *small]
 
     def _tensors(self) -> dict[str, Tensor]:
-        small = {f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()}
-        parts = {POSITIONS: self.positions, VALUES: self.values, DENSE: self.dense, HEAD: self.head, MODULES: small}
-        return {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
+        small = {
+            f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()
+        }
+        parts = {
+            POSITIONS: self.positions,
+            VALUES: self.values,
+            DENSE: self.dense,
+            HEAD: self.head,
+            MODULES: small,
+        }
+        return {
+            prefix + name: t.contiguous()
+            for prefix, part in parts.items()
+            for name, t in part.items()
+        }
 
     def save(self, path: str | os.PathLike, encoding: Encoding = "flat") -> None:
         """Write the delta as safetensors, with a SHA-256 over tensors and metadata; complete or not at all.
@@ -82,8 +122,8 @@ class Delta:
         path
             Of the file; one that is there is replaced.
         encoding
-            ``"flat"`` stores positions as they are, for every tool to read; ``"gap-lzma"`` as compressed gaps, in a
-            third of the bytes.
+            ``"flat"`` stores positions as they are, for every tool to read; ``"gap-lzma"`` as
+            compressed gaps, in a third of the bytes.
 
         Raises
         ------
@@ -91,10 +131,14 @@ class Delta:
             If `encoding` is another one.
         """
         if encoding not in VERSIONS.values():
-            raise ValueError(f"encoding={encoding!r} is unknown; choose one of {(*dict.fromkeys(VERSIONS.values()),)}")
+            raise ValueError(
+                f"encoding={encoding!r} is unknown; choose one of {(*dict.fromkeys(VERSIONS.values()),)}"
+            )
         tensors, metadata = self._tensors(), {**self.metadata, "version": 2 if self.modules else 1}
         if encoding == "gap-lzma":
-            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(POSITIONS)}
+            tensors = {
+                key: tensor for key, tensor in tensors.items() if not key.startswith(POSITIONS)
+            }
             tensors[GAPS] = pack([self.positions[name] for name in sorted(self.values)])
             metadata["version"] = 3
             del metadata["dtypes"]  # the tensors say it
@@ -111,13 +155,15 @@ class Delta:
         Returns
         -------
         Applied
-            Its ``revert()`` gives back every bit; as a context manager it reverts when the block is left.
+            Its ``revert()`` gives back every bit; as a context manager it reverts when the block is
+            left.
 
         Raises
         ------
         DeltaError
-            If a tensor is missing, or has another shape or dtype, or the base's values are not those that the delta
-            was made from, or a layer cannot take its small module. The model is unchanged.
+            If a tensor is missing, or has another shape or dtype, or the base's values are not
+            those that the delta was made from, or a layer cannot take its small module. The model
+            is unchanged.
         """
         return Applied(self, model)
 
@@ -127,17 +173,22 @@ class Delta:
         Returns
         -------
         dict
-            ``{name: values (k,)}`` for single positions, ``{name: tensor (numel,)}`` for dense tensors and the head.
+            ``{name: values (k,)}`` for single positions, ``{name: tensor (numel,)}`` for dense
+            tensors and the head.
         """
         named = dict(model.named_parameters())
         for name, shape in self.metadata["shapes"].items():
             if name not in named:
                 raise DeltaError(f"model has no parameter {name!r}; this delta is for another base")
             if list(named[name].shape) != shape:
-                raise DeltaError(f"model's {name!r} has shape {list(named[name].shape)}, the delta's base has {shape}")
+                raise DeltaError(
+                    f"model's {name!r} has shape {list(named[name].shape)}, the delta's base has {shape}"
+                )
             wanted = self.metadata["dtypes"][name]
             if str(named[name].dtype) != wanted:
-                raise DeltaError(f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it")
+                raise DeltaError(
+                    f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it"
+                )
         if self.modules:
             self._check_places(model)
         found = {name: _at(named[name], where) for name, (where, _) in self._replaced().items()}
@@ -149,19 +200,30 @@ class Delta:
 
     def _check_places(self, model: nn.Module) -> None:
         try:
-            places = find_layers(model, {name: self.metadata["modules"][name]["rank"] for name in self.modules})
+            places = find_layers(
+                model, {name: self.metadata["modules"][name]["rank"] for name in self.modules}
+            )
         except ValueError as error:
             raise DeltaError(f"model cannot take this delta's small modules: {error}") from None
         for name, (_, d_in, d_out) in places.items():
             if not _fits(self.modules[name], self.metadata["modules"][name], d_in, d_out):
-                raise DeltaError(f"the small module of {name!r} is not for a layer from {d_in} to {d_out} features")
+                raise DeltaError(
+                    f"the small module of {name!r} is not for a layer from {d_in} to {d_out} features"
+                )
 
     def _fingerprint(self, named: Mapping[str, Tensor], replaced: Mapping[str, Tensor]) -> str:
         covered = {name: values for name, values in replaced.items() if name not in self.head}
-        for name, parts in self.modules.items():  # not replaced; some of its values, evenly spread, tell the matrix
+        for (
+            name,
+            parts,
+        ) in (
+            self.modules.items()
+        ):  # not replaced; some of its values, evenly spread, tell the matrix
             size = named[name].numel()
             count = min(size, sum(t.numel() for t in parts.values()))
-            covered[MODULES + name] = _at(named[name], torch.arange(count, device="cpu") * size // count)
+            covered[MODULES + name] = _at(
+                named[name], torch.arange(count, device="cpu") * size // count
+            )
         return digest("", covered)
 
 
@@ -175,7 +237,11 @@ class Applied:
     def _put(self) -> None:
         delta, model = self._delta, self._model
         self._original = delta.base_values(model)
-        self._named, self._modules, self._reverted = dict(model.named_parameters()), dict[str, nn.Module](), False
+        self._named, self._modules, self._reverted = (
+            dict(model.named_parameters()),
+            dict[str, nn.Module](),
+            False,
+        )
         for name, parts in delta.modules.items():
             spec = delta.metadata["modules"][name]
             self._modules |= add_adapters(model, (name,), kind=spec["kind"], rank=spec["rank"])
@@ -197,14 +263,17 @@ class Applied:
         Raises
         ------
         DeltaError
-            If the delta's values are no longer in the model: something else was applied on top, or it was trained.
+            If the delta's values are no longer in the model: something else was applied on top, or
+            it was trained.
         """
         if self._reverted:
             return
         delta, found = self._delta, adapters(self._model) if self._modules else {}
         for name, module in self._modules.items():
             if found.get(name) is not module:
-                raise DeltaError(f"{name!r} no longer has this delta's small module; put it back or reload the base")
+                raise DeltaError(
+                    f"{name!r} no longer has this delta's small module; put it back or reload the base"
+                )
             for part, p in module.named_parameters():
                 _expect(f"{name}/{part}", p, delta.modules[name][part])
         for name, (where, values) in delta._replaced().items():
@@ -238,11 +307,17 @@ class Applied:
 
 def _expect(name: str, found: Tensor, value: Tensor) -> None:
     if not torch.equal(bits(found.cpu()).reshape(-1), bits(value).reshape(-1)):
-        raise DeltaError(f"{name!r} no longer holds this delta's values; revert what was applied after it first")
+        raise DeltaError(
+            f"{name!r} no longer holds this delta's values; revert what was applied after it first"
+        )
 
 
 def diff(
-    base: nn.Module | Mapping[str, Tensor], tuned: nn.Module, *, head: Sequence[str] | None = None, method: str = ""
+    base: nn.Module | Mapping[str, Tensor],
+    tuned: nn.Module,
+    *,
+    head: Sequence[str] | None = None,
+    method: str = "",
 ) -> Delta:
     """The delta from a base to a tuned model: every weight whose bits differ, and the small modules it has.
 
@@ -260,24 +335,36 @@ def diff(
     Raises
     ------
     ValueError
-        If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs, or the base has small
-        modules of its own.
+        If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs, or
+        the base has small modules of its own.
     """
     before = dict(base.named_parameters()) if isinstance(base, nn.Module) else dict(base)
     small, own = adapters(tuned), adapter_parameters(tuned)
     if (isinstance(base, nn.Module) and adapters(base)) or any(name in before for name in own):
-        raise ValueError("base has small modules; merge or remove them, so that it is an ordinary model")
+        raise ValueError(
+            "base has small modules; merge or remove them, so that it is an ordinary model"
+        )
     for name, module in small.items():
         if module.kind not in KINDS:
-            raise ValueError(f"tuned has a small module of kind {module.kind!r} at {name!r}; merge it first")
+            raise ValueError(
+                f"tuned has a small module of kind {module.kind!r} at {name!r}; merge it first"
+            )
         if any(p.dtype != tuned.get_parameter(name).dtype for p in module.parameters()):
-            raise ValueError(f"tuned has a small module of another dtype than {name!r}; convert the whole model")
+            raise ValueError(
+                f"tuned has a small module of another dtype than {name!r}; convert the whole model"
+            )
     candidates = {name: p for name, p in weights(tuned, head).items() if name not in own}
     heads = {name: _copy(p) for name, p in head_weights(tuned, head).items() if name not in own}
     changed = {}
     for name, after in candidates.items():
-        if name not in before or before[name].shape != after.shape or before[name].dtype != after.dtype:
-            raise ValueError(f"base has no {name!r} of shape {tuple(after.shape)} and {after.dtype}")
+        if (
+            name not in before
+            or before[name].shape != after.shape
+            or before[name].dtype != after.dtype
+        ):
+            raise ValueError(
+                f"base has no {name!r} of shape {tuple(after.shape)} and {after.dtype}"
+            )
         flat = after.detach().reshape(-1).cpu()
         where = (bits(flat) != bits(before[name].cpu()).reshape(-1)).nonzero().squeeze(1)
         changed[name] = where, flat[where]
@@ -313,10 +400,18 @@ def assemble(
         "dtypes": {name: str(p.dtype) for name, p in stored.items()},
     }
     if small:
-        metadata["modules"] = {name: {"kind": module.kind, "rank": module.rank} for name, module in small.items()}
-    modules = {name: {part: _copy(p) for part, p in m.named_parameters()} for name, m in small.items()}
+        metadata["modules"] = {
+            name: {"kind": module.kind, "rank": module.rank} for name, module in small.items()
+        }
+    modules = {
+        name: {part: _copy(p) for part, p in m.named_parameters()} for name, m in small.items()
+    }
     delta = Delta(positions, values, dense, head, metadata, modules)
-    replaced = {name: _at(base[name], where) for name, (where, _) in delta._replaced().items() if name not in head}
+    replaced = {
+        name: _at(base[name], where)
+        for name, (where, _) in delta._replaced().items()
+        if name not in head
+    }
     metadata["fingerprint"] = delta._fingerprint(base, replaced)
     return delta
 
@@ -362,7 +457,11 @@ def load(path: str | os.PathLike) -> Delta:
 def _unpack(delta: Delta, stream: Mapping[str, Tensor]) -> None:
     """Put the positions of a stream of gaps into a delta, checked, each in the dtype that `diff` gives it."""
     names = sorted(delta.values)
-    if set(stream) != {""} or stream[""].dtype != torch.uint8 or any(v.dim() != 1 for v in delta.values.values()):
+    if (
+        set(stream) != {""}
+        or stream[""].dtype != torch.uint8
+        or any(v.dim() != 1 for v in delta.values.values())
+    ):
         raise DeltaError("delta's gaps must be one stream of bytes, for vectors of values")
     try:
         positions = unpack(stream[""], [len(delta.values[name]) for name in names])
@@ -380,11 +479,21 @@ def _check_positions(name: str, index: Tensor, size: int) -> None:
 
 
 def _check_metadata(delta: Delta) -> None:
-    for key, kind in (("fingerprint", str), ("method", str), ("total", int), ("shapes", dict), ("dtypes", dict)):
+    for key, kind in (
+        ("fingerprint", str),
+        ("method", str),
+        ("total", int),
+        ("shapes", dict),
+        ("dtypes", dict),
+    ):
         if type(delta.metadata[key]) is not kind:
-            raise DeltaError(f"delta's {key} is a {type(delta.metadata[key]).__name__}, not a {kind.__name__}")
+            raise DeltaError(
+                f"delta's {key} is a {type(delta.metadata[key]).__name__}, not a {kind.__name__}"
+            )
     for name, shape in delta.metadata["shapes"].items():
-        if type(shape) is not list or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        if type(shape) is not list or not all(
+            type(size) is int and 0 <= size < 2**63 for size in shape
+        ):
             raise DeltaError(f"delta's shape of {name!r} is {shape}")
 
 
@@ -397,9 +506,15 @@ def _check(delta: Delta) -> None:
     for name, (index, values) in delta._replaced().items():
         if index is None:
             if list(values.shape) != shapes[name]:
-                raise DeltaError(f"delta's {name!r} has shape {list(values.shape)}, its metadata say {shapes[name]}")
+                raise DeltaError(
+                    f"delta's {name!r} has shape {list(values.shape)}, its metadata say {shapes[name]}"
+                )
             continue
-        if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or index.shape != values.shape:
+        if (
+            index.dtype not in (torch.int32, torch.int64)
+            or index.dim() != 1
+            or index.shape != values.shape
+        ):
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
         _check_positions(name, index, prod(shapes[name]))
     for name, tensor in delta._named():
@@ -417,8 +532,12 @@ def _check_modules(delta: Delta) -> None:
     for name, spec in specs.items():
         kind, rank, shape = spec["kind"], spec["rank"], shapes[name]
         known = kind in KINDS and type(rank) is int and len(shape) == 2 and 1 <= rank <= min(shape)
-        if not known or not any(_fits(delta.modules[name], spec, *sizes) for sizes in (shape, shape[::-1])):
-            raise DeltaError(f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}")
+        if not known or not any(
+            _fits(delta.modules[name], spec, *sizes) for sizes in (shape, shape[::-1])
+        ):
+            raise DeltaError(
+                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
+            )
 
 
 def _fits(parts: Mapping[str, Tensor], spec: Mapping[str, Any], d_in: int, d_out: int) -> bool:
@@ -434,7 +553,11 @@ def _copy(tensor: Tensor) -> Tensor:
 def _at(tensor: Tensor, positions: Tensor | None = None) -> Tensor:
     """A copy on the CPU of a tensor's values at flat positions, or of all of them."""
     flat = tensor.detach().reshape(-1)
-    return _copy(flat) if positions is None else flat.index_select(0, positions.to(tensor.device)).cpu()
+    return (
+        _copy(flat)
+        if positions is None
+        else flat.index_select(0, positions.to(tensor.device)).cpu()
+    )
 
 
 def _index_dtype(size: int) -> torch.dtype:

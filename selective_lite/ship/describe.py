@@ -33,11 +33,18 @@ def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
     """
     path, delta = (None, delta) if isinstance(delta, Delta) else (Path(delta), load(delta))
     metadata, version = delta.metadata, delta.metadata["version"]
-    counts = {name: values.numel() for name, values in (*delta.values.items(), *delta.dense.items())}
+    counts = {
+        name: values.numel() for name, values in (*delta.values.items(), *delta.dense.items())
+    }
     k, total = sum(counts.values()), metadata["total"]
-    small = Counter(f"{spec['kind']} of rank {spec['rank']}" for spec in metadata.get("modules", {}).values())
+    small = Counter(
+        f"{spec['kind']} of rank {spec['rank']}" for spec in metadata.get("modules", {}).values()
+    )
     stored = f", file {path.stat().st_size:,} bytes" if path else ""
-    shares = sorted(((count / prod(metadata["shapes"][name]), name) for name, count in counts.items()), reverse=True)
+    shares = sorted(
+        ((count / prod(metadata["shapes"][name]), name) for name, count in counts.items()),
+        reverse=True,
+    )
     layers = Counter[str]()
     for name, count in counts.items():
         layers[_layer(name)] += count
@@ -60,7 +67,8 @@ def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
             for share, name in shares[:tensors]
         ]
         lines += ["", "layers"] + [
-            f"  {layer:8}  {layers[layer]:>11,}  {layers[layer] / k:6.1%}" for layer in sorted(layers, key=_order)
+            f"  {layer:8}  {layers[layer]:>11,}  {layers[layer] / k:6.1%}"
+            for layer in sorted(layers, key=_order)
         ]
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
@@ -80,7 +88,11 @@ def _percent(k: int, total: int) -> str:
 
 
 def _amount(head: dict) -> str:
-    return f"{sum(t.numel() for t in head.values()):,} weights: {', '.join(sorted(head))}" if head else "none"
+    return (
+        f"{sum(t.numel() for t in head.values()):,} weights: {', '.join(sorted(head))}"
+        if head
+        else "none"
+    )
 
 
 def _bytes(delta: Delta) -> dict[str, int]:

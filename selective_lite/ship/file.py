@@ -21,7 +21,9 @@ class DeltaError(ValueError):
     """A delta file that is damaged, or does not fit the model; the model was not touched."""
 
 
-def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
     """Write the file in place of what was there; `metadata` must be JSON-able."""
     path, text = Path(path), json.dumps(metadata, sort_keys=True)
     content = save_bytes(dict(tensors), {"selective_lite": text, "sha256": digest(text, tensors)})

@@ -18,9 +18,10 @@ from .delta import Delta
 def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     """Write a folder that ``peft.PeftModel.from_pretrained(base, folder)`` loads; peft itself is not needed for it.
 
-    What fits: single positions in weights of ``nn.Linear`` that belong to one layer each, and heads of whole modules.
-    peft knows one r, and in every layer exactly r (d_in + d_out) entries: r is what the fullest layer needs, and the
-    others are filled up with differences of zero. peft adds differences, so weights agree to rounding, not to the bit.
+    What fits: single positions in weights of ``nn.Linear`` that belong to one layer each, and heads
+    of whole modules. peft knows one r, and in every layer exactly r (d_in + d_out) entries: r is
+    what the fullest layer needs, and the others are filled up with differences of zero. peft adds
+    differences, so weights agree to rounding, not to the bit.
 
     Parameters
     ----------
@@ -29,7 +30,8 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     base
         The model that it was made from; it is not changed.
     folder
-        Gets ``adapter_config.json`` and ``adapter_model.safetensors``; it is made if it is not there.
+        Gets ``adapter_config.json`` and ``adapter_model.safetensors``; it is made if it is not
+        there.
 
     Raises
     ------
@@ -50,7 +52,9 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
         layer, attribute = places[name][0]
         if len(places[name]) > 1 or attribute != "weight" or type(layer) is not nn.Linear:
             kinds = " and a ".join(type(owner).__name__ for owner, _ in places[name])
-            raise ValueError(f"SHiRA holds weights of one nn.Linear each; {name!r} is {attribute} of a {kinds}")
+            raise ValueError(
+                f"SHiRA holds weights of one nn.Linear each; {name!r} is {attribute} of a {kinds}"
+            )
         layers[name] = paths[layer], layer
     sizes = {name: layer.in_features + layer.out_features for name, (_, layer) in layers.items()}
     r = max(-(-len(values) // sizes[name]) for name, values in delta.values.items())
@@ -62,9 +66,14 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
                 f"SHiRA's r is one for all layers, and the fullest one needs r={r}: {count} entries in {name!r}, "
                 f"which has {layer.weight.numel()}"
             )
-        index, difference = _filled(delta.positions[name].long(), delta.values[name] - original[name], count, layer)
+        index, difference = _filled(
+            delta.positions[name].long(), delta.values[name] - original[name], count, layer
+        )
         rows = torch.stack([index // layer.in_features, index % layer.in_features]).int()
-        tensors |= {f"base_model.model.{path}.shira_weight": difference, f"base_model.model.{path}.shira_indices": rows}
+        tensors |= {
+            f"base_model.model.{path}.shira_weight": difference,
+            f"base_model.model.{path}.shira_indices": rows,
+        }
     heads = sorted({name.rpartition(".")[0] for name in delta.head})
     for path in heads:
         _check_head(path, named, delta)
@@ -83,7 +92,9 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _filled(index: Tensor, difference: Tensor, count: int, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+def _filled(
+    index: Tensor, difference: Tensor, count: int, layer: nn.Linear
+) -> tuple[Tensor, Tensor]:
     """Positions and differences, filled up to `count` with the first free positions and zeros."""
     free = torch.ones(layer.weight.numel(), dtype=torch.bool)
     free[index] = False
@@ -93,7 +104,11 @@ def _filled(index: Tensor, difference: Tensor, count: int, layer: nn.Linear) -> 
 
 def _check_head(path: str, named: dict[str, nn.Module], delta: Delta) -> None:
     # peft saves whole modules, and finds them by the end of their path.
-    whole = {f"{path}.{name}" for name, _ in named[path].named_parameters()} if path in named else set()
+    whole = (
+        {f"{path}.{name}" for name, _ in named[path].named_parameters()} if path in named else set()
+    )
     others = [other for other in named if other.endswith(path) and other != path]
     if not path or others or not whole <= set(delta.head):
-        raise ValueError(f"SHiRA's modules_to_save are whole modules with a path of their own; {path!r} is none")
+        raise ValueError(
+            f"SHiRA's modules_to_save are whole modules with a path of their own; {path!r} is none"
+        )

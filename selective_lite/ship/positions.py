@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A raw stream with fixed settings: no header could ask the decoder for a larger dictionary than this one.
-# Gaps have no context to model (lc, lp, pb); what repeats, as in whole rows, repeats nearby.
+# A raw stream with fixed settings: no header could ask the decoder for a larger dictionary than
+# this one. Gaps have no context to model (lc, lp, pb); what repeats, as in whole rows, repeats
+# nearby.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
 WIDTH = 8  # bytes of a gap; nearly all of the upper ones are zero, and cost nothing
 
@@ -36,12 +37,18 @@ def unpack(stream: Tensor, counts: Sequence[int]) -> list[Tensor]:
     size = WIDTH * sum(counts)
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
     try:
-        planes = decoder.decompress(stream.numpy().tobytes(), max_length=size + 1)  # one more, to see the end
+        planes = decoder.decompress(
+            stream.numpy().tobytes(), max_length=size + 1
+        )  # one more, to see the end
     except lzma.LZMAError as error:
         raise ValueError(f"the stream of gaps is damaged: {error}") from None
     if len(planes) != size or not decoder.eof or decoder.unused_data:
         raise ValueError(f"the stream of gaps does not hold {sum(counts)} gaps")
-    gaps = np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(WIDTH, -1).T).view("<i8").reshape(-1)
+    gaps = (
+        np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(WIDTH, -1).T)
+        .view("<i8")
+        .reshape(-1)
+    )
     parts = np.split(gaps, np.cumsum(counts)[:-1]) if len(counts) else []
     return [torch.from_numpy(np.cumsum(part) - 1) for part in parts]
 
@@ -49,4 +56,6 @@ def unpack(stream: Tensor, counts: Sequence[int]) -> list[Tensor]:
 def increasing(index: Tensor, size: int) -> bool:
     """Whether positions are some, strictly increasing, and within [0, size)."""
     # Compared, not subtracted: a difference could overflow.
-    return len(index) > 0 and bool(index[0] >= 0 and index[-1] < size and (index[1:] > index[:-1]).all())
+    return len(index) > 0 and bool(
+        index[0] >= 0 and index[-1] < size and (index[1:] > index[:-1]).all()
+    )

@@ -1,8 +1,9 @@
 """Execute every chapter once: the site is built from the executed copies, and the tests read them.
 
-``executed/`` is a copy of ``book/``. There a chapter keeps its outputs as long as its key (its code, the library, the
-lock and the results) stays the same; a chapter with another key is executed again, through nbmake, one at a time.
-Prose may change without an execution. Run this file as a script.
+``executed/`` is a copy of ``book/``. There a chapter keeps its outputs as long as its key (its
+code, the library, the lock and the results) stays the same; a chapter with another key is executed
+again, through nbmake, one at a time. Prose may change without an execution. Run this file as a
+script.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 EXECUTED = ROOT / "executed"
 RECORD = EXECUTED / ".pages.json"  # page -> key and seconds of its last execution
-STAMP = EXECUTED / ".stamp"  # as new as the last change of the copy: what the site's build depends on
+STAMP = (
+    EXECUTED / ".stamp"
+)  # as new as the last change of the copy: what the site's build depends on
 NOT_COPIED = {"_ext", "node_modules", "vendor", ".ipynb_checkpoints", "__pycache__"}
 
 CELL_LIMIT = 240  # seconds; nbmake stops the cell and names it
@@ -59,7 +62,11 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 def shared_digest() -> str:
     """SHA-256 over what every page depends on: the library, the lock and the results."""
-    files = [*(ROOT / "selective_lite").rglob("*.py"), ROOT / "requirements.lock", *(ROOT / "results").glob("*.json")]
+    files = [
+        *(ROOT / "selective_lite").rglob("*.py"),
+        ROOT / "requirements.lock",
+        *(ROOT / "results").glob("*.json"),
+    ]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(ROOT)}\0".encode())
@@ -149,18 +156,24 @@ class Recorder:
         from nbmake.pytest_items import NotebookFailedException
 
         page = item.path.name
-        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("too late"))  # not an Exception, which asyncio might keep
+        signal.signal(
+            signal.SIGALRM, lambda *_: pytest.fail("too late")
+        )  # not an Exception, which asyncio might keep
         signal.alarm(PAGE_LIMIT)
         start = time.monotonic()
         try:
             result = yield
         except NotebookFailedException as failure:
             index = failure.args[0].error.failing_cell_index
-            item.add_report_section("call", "cell", f"{page}: cell {index + 1} failed, it is printed above")
+            item.add_report_section(
+                "call", "cell", f"{page}: cell {index + 1} failed, it is printed above"
+            )
             raise
         except pytest.fail.Exception as late:
             summary = f"{page} ran for more than {PAGE_LIMIT} s: shorten its experiment"
-            raise NotebookFailedException(NotebookResult({}, NotebookError(summary, summary, 0))) from late
+            raise NotebookFailedException(
+                NotebookResult({}, NotebookError(summary, summary, 0))
+            ) from late
         finally:
             signal.alarm(0)
         seconds = time.monotonic() - start
@@ -169,7 +182,9 @@ class Recorder:
                 if output.get("name") == "stderr":
                     summary = f"{page}: cell {index + 1} wrote to stderr"
                     trace = f"{summary}:\n{output.text}"
-                    raise NotebookFailedException(NotebookResult({}, NotebookError(summary, trace, index)))
+                    raise NotebookFailedException(
+                        NotebookResult({}, NotebookError(summary, trace, index))
+                    )
         remember(page, self.keys[item.path], seconds)
         return result
 
@@ -177,9 +192,13 @@ class Recorder:
 def times() -> str:
     """The seconds of every page and their sum, as a table."""
     known = records()
-    seconds = {page.name: known[page.name]["seconds"] for page in chapters(BOOK) if page.name in known}
+    seconds = {
+        page.name: known[page.name]["seconds"] for page in chapters(BOOK) if page.name in known
+    }
     lines = [f"{name:<40}{value:8.1f} s" for name, value in seconds.items()]
-    return "\n".join([*lines, f"{f'{len(seconds)} pages in all':<40}{sum(seconds.values()):8.1f} s"])
+    return "\n".join(
+        [*lines, f"{f'{len(seconds)} pages in all':<40}{sum(seconds.values()):8.1f} s"]
+    )
 
 
 def main() -> int:
@@ -187,12 +206,20 @@ def main() -> int:
     stale = refresh()
     if stale:
         os.environ.update(ENVIRONMENT)
-        options = ["-v", "--nbmake", "--overwrite", f"--nbmake-timeout={CELL_LIMIT}", f"--rootdir={ROOT}"]
+        options = [
+            "-v",
+            "--nbmake",
+            "--overwrite",
+            f"--nbmake-timeout={CELL_LIMIT}",
+            f"--rootdir={ROOT}",
+        ]
         status = pytest.main([*options, *map(str, stale)], plugins=[Recorder(stale)])
         if status != pytest.ExitCode.OK:
             return int(status)
         if refresh():
-            print("The library, the lock or the results changed while the pages were executed: run this again.")
+            print(
+                "The library, the lock or the results changed while the pages were executed: run this again."
+            )
             return 1
     print(times())
     return 0

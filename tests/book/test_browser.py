@@ -12,9 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
-PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if "_static" not in path.parts)
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.parts
+)
 WITH_EXPLORER = [
-    page for page in PAGES if "application/vnd.jupyter.widget-view+json" in (SITE / page).read_text("utf-8")
+    page
+    for page in PAGES
+    if "application/vnd.jupyter.widget-view+json" in (SITE / page).read_text("utf-8")
 ]
 
 
@@ -62,7 +68,9 @@ def report_from_disk():
 
 
 def test_the_book_is_built_and_has_explorers():
-    assert len(WITH_EXPLORER) >= 2, f"{len(PAGES)} pages and explorers on {WITH_EXPLORER} in {SITE}; run `make book`"
+    assert len(WITH_EXPLORER) >= 2, (
+        f"{len(PAGES)} pages and explorers on {WITH_EXPLORER} in {SITE}; run `make book`"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

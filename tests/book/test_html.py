@@ -14,7 +14,11 @@ import selective_lite
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
-PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if "_static" not in path.parts)
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.parts
+)
 CHAPTERS = [page for page in PAGES if page.startswith("chapters/")]
 
 # what a page loads by itself: selector, attribute
@@ -53,7 +57,9 @@ def local(page, address):
 def test_the_book_is_built():
     sources = {path.stem for path in (ROOT / "book" / "chapters").glob("*.ipynb")}
     assert sources
-    assert {Path(page).stem for page in CHAPTERS} == sources, f"{SITE} does not hold the chapters; run `make book`"
+    assert {Path(page).stem for page in CHAPTERS} == sources, (
+        f"{SITE} does not hold the chapters; run `make book`"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -65,14 +71,20 @@ def test_nothing_is_loaded_from_elsewhere(page):
                 continue
             target = local(page, address)
             assert target, f"{element.name} loads {address}"
-            assert (SITE / target[0]).is_file(), f"{element.name} loads {address}, which is not in the book"
+            assert (SITE / target[0]).is_file(), (
+                f"{element.name} loads {address}, which is not in the book"
+            )
 
 
-@pytest.mark.parametrize("sheet", sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.css")))
+@pytest.mark.parametrize(
+    "sheet", sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.css"))
+)
 def test_style_sheets_load_nothing_from_elsewhere(sheet):
     text = re.sub(r"/\*.*?\*/", "", (SITE / sheet).read_text("utf-8"), flags=re.DOTALL)
     for address in re.findall(r"(?:url\(|@import\s+)['\"]?([^'\")\s;]+)", text):
-        assert address.startswith(("data:", "#")) or local(sheet, address), f"{sheet} loads {address}"
+        assert address.startswith(("data:", "#")) or local(sheet, address), (
+            f"{sheet} loads {address}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -83,7 +95,9 @@ def test_internal_links_and_anchors_lead_somewhere(page):
         if target is None:
             continue
         path, fragment = target
-        if not (SITE / path).is_file() or (fragment and path.endswith(".html") and fragment not in ids(path)):
+        if not (SITE / path).is_file() or (
+            fragment and path.endswith(".html") and fragment not in ids(path)
+        ):
             broken.append(link["href"])
     assert broken == []
 
@@ -94,8 +108,14 @@ def test_every_picture_has_words(page):
     # Frames of an explorer wait in the page's widget state.
     for state in soup(page).select('script[type="application/vnd.jupyter.widget-state+json"]'):
         for model in json.loads(state.string)["state"].values():
-            pictures += BeautifulSoup(str(model["state"].get("value", "")), "html.parser").select("img")
-    assert [str(img)[:200] for img in pictures if not img.get("alt", "").strip() and not is_decoration(img)] == []
+            pictures += BeautifulSoup(str(model["state"].get("value", "")), "html.parser").select(
+                "img"
+            )
+    assert [
+        str(img)[:200]
+        for img in pictures
+        if not img.get("alt", "").strip() and not is_decoration(img)
+    ] == []
 
 
 def is_decoration(img):
@@ -128,7 +148,9 @@ def test_chinese_is_marked_as_chinese():
 
 def test_glossary_gives_each_term_in_both_languages():
     entries = [[]]
-    for element in soup("glossary.html").select_one("dl.glossary").find_all(["dt", "dd"], recursive=False):
+    for element in (
+        soup("glossary.html").select_one("dl.glossary").find_all(["dt", "dd"], recursive=False)
+    ):
         if element.name == "dt":
             entries[-1].append(bool(element.select("[lang=zh]")))
         else:
@@ -137,5 +159,7 @@ def test_glossary_gives_each_term_in_both_languages():
 
 
 def test_reference_names_everything_public():
-    missing = [name for name in selective_lite.__all__ if f"selective_lite.{name}" not in ids("api.html")]
+    missing = [
+        name for name in selective_lite.__all__ if f"selective_lite.{name}" not in ids("api.html")
+    ]
     assert missing == []

@@ -10,7 +10,9 @@ from execute import BOOK, EXECUTED, chapters, code_cells, page_key, read, record
 
 PAGES = chapters(BOOK)
 LABEL = re.compile(r"\$\$\s*\(([^()\s]+)\)|\{math\}[^\n]*\n:label:\s*(\S+)")
-DIRECTIVE = re.compile(r"^(:{3,})\{(exercise|solution)(-start)?\}[ ]*(\S*)[ ]*\n((?::[\w-]+:.*\n?)*)", re.MULTILINE)
+DIRECTIVE = re.compile(
+    r"^(:{3,})\{(exercise|solution)(-start)?\}[ ]*(\S*)[ ]*\n((?::[\w-]+:.*\n?)*)", re.MULTILINE
+)
 
 TEMPLATE = {
     "a title": r"\A# \S",
@@ -40,7 +42,9 @@ def source(page):
 def executed(page, source):
     """The executed copy of the same chapter, which the site is built from."""
     record = records().get(page.name, {})
-    assert record.get("key") == page_key(source, shared_digest()), f"{page.name} is not executed as it is: make book"
+    assert record.get("key") == page_key(source, shared_digest()), (
+        f"{page.name} is not executed as it is: make book"
+    )
     return read(EXECUTED / "chapters" / page.name)
 
 
@@ -64,9 +68,20 @@ def checks(notebook):
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             for node in ast.walk(ast.parse(cell.source)):
-                if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "check":
-                    label = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
-                    yield label, index, len(node.args) > 3 or "wrong" in {keyword.arg for keyword in node.keywords}
+                if (
+                    isinstance(node, ast.Call)
+                    and getattr(node.func, "attr", getattr(node.func, "id", "")) == "check"
+                ):
+                    label = (
+                        node.args[0].value
+                        if node.args and isinstance(node.args[0], ast.Constant)
+                        else None
+                    )
+                    yield (
+                        label,
+                        index,
+                        len(node.args) > 3 or "wrong" in {keyword.arg for keyword in node.keywords},
+                    )
 
 
 def printed(notebook):
@@ -120,25 +135,40 @@ def test_page_follows_the_template(source):
 
 def test_page_reads_well_unrendered(source):
     text = prose(source)
-    assert re.findall(r"^[ ]*`{3,}\{.*", text, re.MULTILINE) == [], "directives stand in colon fences"
-    assert re.findall(r"</?[a-zA-Z][^<>]*>", re.sub(r"<https?:[^>]*>", "", without_code_and_math(text))) == []
+    assert re.findall(r"^[ ]*`{3,}\{.*", text, re.MULTILINE) == [], (
+        "directives stand in colon fences"
+    )
+    assert (
+        re.findall(
+            r"</?[a-zA-Z][^<>]*>", re.sub(r"<https?:[^>]*>", "", without_code_and_math(text))
+        )
+        == []
+    )
 
 
 def test_every_equation_has_a_check_that_states_a_wrong_variant(source):
     equations, checked = dict(labelled(source)), list(checks(source))
     assert equations
-    assert [label for label, count in Counter(label for label, _ in labelled(source)).items() if count > 1] == []
+    assert [
+        label
+        for label, count in Counter(label for label, _ in labelled(source)).items()
+        if count > 1
+    ] == []
     assert [label for label in equations if not label.startswith("eq-")] == []
     assert [label for label, _, wrong in checked if not wrong] == []
     after = {label for label, index, _ in checked if index > equations.get(label, index)}
     assert set(equations) - after == set(), "labelled, but no cell that follows checks it"
-    assert {label for label, _, _ in checked} - set(equations) == set(), "checked, but no equation has this label"
+    assert {label for label, _, _ in checked} - set(equations) == set(), (
+        "checked, but no equation has this label"
+    )
 
 
 def test_every_equation_was_seen_to_hold_and_its_wrong_variant_to_fail(source, executed):
     lines = printed(executed)
     for label, _ in labelled(source):
-        assert any(re.match(rf"{re.escape(label)} holds: .*; fails when ", line) for line in lines), label
+        assert any(
+            re.match(rf"{re.escape(label)} holds: .*; fails when ", line) for line in lines
+        ), label
 
 
 def test_at_least_three_exercises_each_with_a_folded_solution(source):
@@ -147,10 +177,16 @@ def test_at_least_three_exercises_each_with_a_folded_solution(source):
     solutions = {argument: options for kind, argument, options in found if kind == "solution"}
     assert len(exercises) >= 3
     assert sorted(exercises) == sorted(solutions)
-    assert [label for label, options in solutions.items() if "dropdown" not in options.get("class", "").split()] == []
+    assert [
+        label
+        for label, options in solutions.items()
+        if "dropdown" not in options.get("class", "").split()
+    ] == []
 
 
 def test_every_code_cell_was_executed_once_in_order_without_noise(executed):
     cells = code_cells(executed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"] == []
+    assert [
+        output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"
+    ] == []

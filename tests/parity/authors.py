@@ -21,6 +21,8 @@ class AuthorsAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 state["m"].mul_(0.9).add_(p.grad, alpha=0.1)
                 state["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-                rate = group["lr"] * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
+                rate = (
+                    group["lr"] * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
+                )
                 p.addcdiv_(state["m"], state["v"].sqrt() + group["eps"], value=-rate)
                 p.add_(p, alpha=-group["lr"] * group["weight_decay"])

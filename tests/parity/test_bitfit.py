@@ -13,7 +13,8 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 GOLDEN = json.loads((DATA / "bitfit.json").read_text())
 # What the stored configurations leave open: attention heads (which change no count), and positions.
 OPEN = {"bert-base-cased": (12, 512), "bert-large-cased": (16, 512), "tiny": (2, 20)}
-# The authors add the pooler's bias to every partial set, and match parts of names: `output` is in attention blocks too.
+# The authors add the pooler's bias to every partial set, and match parts of names: `output` is in
+# attention blocks too.
 PARTS = {
     "all": None,
     "query+intermediate": (*QUERY_AND_MLP, "pooler"),
@@ -27,7 +28,9 @@ def bert(which):
     from transformers import BertConfig, BertForSequenceClassification
 
     heads, positions = OPEN[which]
-    config = BertConfig(**GOLDEN[which]["config"], num_attention_heads=heads, max_position_embeddings=positions)
+    config = BertConfig(
+        **GOLDEN[which]["config"], num_attention_heads=heads, max_position_embeddings=positions
+    )
     with torch.device("meta"):
         return BertForSequenceClassification(config)
 
@@ -55,4 +58,6 @@ def test_the_shares_of_the_model_are_the_authors(which):
     name, model = which
     total = sum(p.numel() for p in model.parameters())
     assert total == GOLDEN[name]["total_params"]
-    assert 100 * biases(model).count / total == pytest.approx(GOLDEN[name]["all"]["pct_excl_classifier"])
+    assert 100 * biases(model).count / total == pytest.approx(
+        GOLDEN[name]["all"]["pct_excl_classifier"]
+    )

@@ -59,12 +59,16 @@ def train(model, method, golden):
         return made[-1]
 
     def on_step(record):
-        model(torch.zeros(3, 4), torch.zeros(4))  # a forward writes what is trained into the weights
+        model(
+            torch.zeros(3, 4), torch.zeros(4)
+        )  # a forward writes what is trained into the weights
         w.append(model.linear.weight.detach().clone())
         b.append(model.b.detach().clone())
 
     data = list(zip(golden["grad_w"], golden["grad_b"], strict=True))
-    sl.fit(model, phases(), data, loss=lambda m, batch: m(*batch), optimizer=optimizer, on_step=on_step)
+    sl.fit(
+        model, phases(), data, loss=lambda m, batch: m(*batch), optimizer=optimizer, on_step=on_step
+    )
     return torch.stack(w), torch.stack(b), made[0].state
 
 
@@ -75,7 +79,9 @@ def check(golden, mode, w, b):
 
 @pytest.fixture
 def stored_draws(golden, monkeypatch):
-    pairs = zip(golden["F/bernoulli_b"], golden["F/bernoulli_w"], strict=True)  # a module's own parameters come first
+    pairs = zip(
+        golden["F/bernoulli_b"], golden["F/bernoulli_w"], strict=True
+    )  # a module's own parameters come first
     draws = iter([one for pair in pairs for one in pair])
     monkeypatch.setattr(child_tuning, "draw", lambda shape, p, generator: next(draws).bool())
 
@@ -86,11 +92,16 @@ def test_three_steps_of_f_on_the_stored_draws(golden, model):
     w, b, state = train(model, method, golden)
     check(golden, "F", w, b)
     torch.testing.assert_close(state[model.linear.weight]["m"], golden["F/exp_avg_w"], **TOLERANCE)
-    torch.testing.assert_close(state[model.linear.weight]["v"], golden["F/exp_avg_sq_w"], **TOLERANCE)
+    torch.testing.assert_close(
+        state[model.linear.weight]["v"], golden["F/exp_avg_sq_w"], **TOLERANCE
+    )
     # Momentum moves what the second step's draw left out, and only what an earlier draw had kept.
     out = golden["F/bernoulli_w"][1] == 0
     assert int(out.sum()) == FACTS["F: zero-draw count step2"]
-    assert int((w[1] != w[0])[out].sum()) == FACTS["F: entries with zero draw at step 2 that still move (momentum)"]
+    assert (
+        int((w[1] != w[0])[out].sum())
+        == FACTS["F: entries with zero draw at step 2 that still move (momentum)"]
+    )
 
 
 def test_three_steps_of_d_on_the_stored_mask(golden, model):
@@ -100,7 +111,9 @@ def test_three_steps_of_d_on_the_stored_mask(golden, model):
         {"b": torch.arange(4), "linear.weight": masked.reshape(-1).nonzero().squeeze(1)},
         {"b": (4,), "linear.weight": (3, 4)},
     )
-    w, b, state = train(model, sl.fixed_mask(model, selection, lr=float(golden["lr"]), epochs=1), golden)
+    w, b, state = train(
+        model, sl.fixed_mask(model, selection, lr=float(golden["lr"]), epochs=1), golden
+    )
     check(golden, "D", w, b)
     (vector,) = (p for p in state if len(p) == int(masked.sum()))
     torch.testing.assert_close(state[vector]["m"], golden["D/exp_avg_w"][masked], **TOLERANCE)
@@ -109,10 +122,16 @@ def test_three_steps_of_d_on_the_stored_mask(golden, model):
 
 
 def test_three_steps_without_a_child_network_are_full_fine_tuning(golden, model):
-    w, b, state = train(model, child_tuning_f(model, lr=float(golden["lr"]), epochs=1, p=1.0), golden)
+    w, b, state = train(
+        model, child_tuning_f(model, lr=float(golden["lr"]), epochs=1, p=1.0), golden
+    )
     check(golden, "none", w, b)
-    torch.testing.assert_close(state[model.linear.weight]["m"], golden["none/exp_avg_w"], **TOLERANCE)
-    torch.testing.assert_close(state[model.linear.weight]["v"], golden["none/exp_avg_sq_w"], **TOLERANCE)
+    torch.testing.assert_close(
+        state[model.linear.weight]["m"], golden["none/exp_avg_w"], **TOLERANCE
+    )
+    torch.testing.assert_close(
+        state[model.linear.weight]["v"], golden["none/exp_avg_sq_w"], **TOLERANCE
+    )
 
 
 def moved_under_decay(golden, decay, ours):
@@ -158,7 +177,9 @@ def authors_mask(model, data, loss, p):
         gradients = torch.autograd.grad(loss(model, batch), list(parameters.values()))
         for total, gradient in zip(fisher.values(), gradients, strict=True):
             total += (gradient * min(1.0, 1.0 / (float(gradient.norm()) + 1e-6))) ** 2 / len(data)
-    cutoff = np.percentile(np.concatenate([f.numpy().reshape(-1) for f in fisher.values()]), (1 - p) * 100)
+    cutoff = np.percentile(
+        np.concatenate([f.numpy().reshape(-1) for f in fisher.values()]), (1 - p) * 100
+    )
     return {name: f >= float(cutoff) for name, f in fisher.items()}
 
 

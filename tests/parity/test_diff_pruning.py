@@ -41,7 +41,9 @@ class Toy(nn.Module):
         self.bert = nn.Module()
         self.bert.embeddings = nn.Embedding(7, 5)
         self.bert.encoder = nn.Module()
-        self.bert.encoder.layer = nn.ModuleList(nn.ModuleDict({"dense": nn.Linear(5, 5)}) for _ in range(2))
+        self.bert.encoder.layer = nn.ModuleList(
+            nn.ModuleDict({"dense": nn.Linear(5, 5)}) for _ in range(2)
+        )
         self.bert.pooler = nn.Linear(5, 5)
         self.classifier = nn.Linear(5, 3)
 
@@ -75,8 +77,13 @@ def relaxed(golden):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(golden[f"theta0/{name}"])
-        for p, name in ((model.classifier.weight, "classifier.weight"), (model.classifier.bias, "classifier.bias")):
-            p += golden[f"w/{name}"]  # the authors train a difference of the head too, without a gate
+        for p, name in (
+            (model.classifier.weight, "classifier.weight"),
+            (model.classifier.bias, "classifier.bias"),
+        ):
+            p += golden[
+                f"w/{name}"
+            ]  # the authors train a difference of the head too, without a gate
     made = GivenNoise(model, [golden[f"u/{name}"] for name in sl.weights(model)])
     with torch.no_grad():
         for i, name in enumerate(made.names):
@@ -90,14 +97,21 @@ def penalty(relaxed, golden):
     lam = golden["sparsity_pen_per_layer"].float()
     of = {"embeddings": lam[0], "layer.0": lam[1], "layer.1": lam[2], "pooler": lam[3]}
     terms = relaxed.expected_l0_by_tensor()
-    return sum(next(v for key, v in of.items() if f".{key}." in f"{name}.") * term for name, term in terms.items())
+    return sum(
+        next(v for key, v in of.items() if f".{key}." in f"{name}.") * term
+        for name, term in terms.items()
+    )
 
 
 def test_the_composed_weights_and_the_loss(golden, relaxed):
     for name, delta in relaxed.differences().items():
         theta = relaxed.model.get_parameter(name) + delta
         torch.testing.assert_close(theta, golden[f"theta_composed/{name}"], **TOLERANCE)
-        z = torch.where(relaxed.w[relaxed.names.index(name)] == 0, 0, delta / relaxed.w[relaxed.names.index(name)])
+        z = torch.where(
+            relaxed.w[relaxed.names.index(name)] == 0,
+            0,
+            delta / relaxed.w[relaxed.names.index(name)],
+        )
         assert torch.equal(z == 0, golden[f"z_total/{name}"] == 0)
     loss = nn.functional.cross_entropy(relaxed(golden["ids"]), golden["labels"])
     torch.testing.assert_close(loss.detach(), golden["loss"].reshape(()), **TOLERANCE)
@@ -109,7 +123,9 @@ def test_the_expected_l0(golden, relaxed):
         sum(term for name, term in found.items() if key in name)
         for key in ("embeddings", "layer.0", "layer.1", "pooler")
     ]
-    torch.testing.assert_close(torch.stack(per_layer).double(), golden["l0_pen_per_layer"], **TOLERANCE)
+    torch.testing.assert_close(
+        torch.stack(per_layer).double(), golden["l0_pen_per_layer"], **TOLERANCE
+    )
     expected = golden["l0_pen_sum_elementwise_only"].float()
     torch.testing.assert_close(relaxed.expected_l0().detach(), expected, **TOLERANCE)
 
@@ -122,15 +138,22 @@ def test_the_gradients_and_the_step(golden, relaxed):
     def before_step(progress, optimizer):
         for name, w, log_alpha in zip(relaxed.names, relaxed.w, relaxed.log_alpha, strict=True):
             torch.testing.assert_close(w.grad, golden[f"grad_w_preclip/{name}"], **TOLERANCE)
-            torch.testing.assert_close(log_alpha.grad, golden[f"grad_alpha_preclip/{name}"], **TOLERANCE)
+            torch.testing.assert_close(
+                log_alpha.grad, golden[f"grad_alpha_preclip/{name}"], **TOLERANCE
+            )
         for name in head:
-            torch.testing.assert_close(model.get_parameter(name).grad, golden[f"grad_theta/{name}"], **TOLERANCE)
+            torch.testing.assert_close(
+                model.get_parameter(name).grad, golden[f"grad_theta/{name}"], **TOLERANCE
+            )
         steps.append("checked")
 
     phase = sl.Phase(
         "relaxed",
         [
-            {"params": [*relaxed.w, *(model.get_parameter(name) for name in head)], "lr": float(golden["w_lr"])},
+            {
+                "params": [*relaxed.w, *(model.get_parameter(name) for name in head)],
+                "lr": float(golden["w_lr"]),
+            },
             {"params": list(relaxed.log_alpha), "lr": float(golden["alpha_lr"])},
         ],
         epochs=1,

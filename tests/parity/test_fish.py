@@ -54,12 +54,17 @@ def model(golden):
 @pytest.fixture
 def data(golden):
     """The 24 samples in batches of 8: a per-sample score must not see how they are batched."""
-    return [{"x": x, "labels": y} for x, y in zip(golden["X"].split(8), golden["Y"].split(8), strict=True)]
+    return [
+        {"x": x, "labels": y}
+        for x, y in zip(golden["X"].split(8), golden["Y"].split(8), strict=True)
+    ]
 
 
 def absolute_gradient(model, data, head=None):
     """The authors' `label-absolute`, the sum of |g_i| over samples: the default of their dataclass."""
-    singles = [{key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(8)]
+    singles = [
+        {key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(8)
+    ]
     return _accumulate(model, singles, sl.model_loss, head, torch.abs)
 
 
@@ -83,7 +88,8 @@ def test_the_square_of_a_batch_s_mean_gradient_is_another_score(golden, model, d
 @pytest.mark.parametrize("ratio", [0.25, 0.4])
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_masks_with_the_classifier_inside_the_budget(golden, model, data, kind, ratio):
-    # The authors' policy: the classifier is always on and is paid for, the rest is the global top k.
+    # The authors' policy: the classifier is always on and is paid for, the rest is the global top
+    # k.
     k = int(INFO["total"] * ratio) - INFO["classifier"]
     selection = fish_mask(SCORES[kind](model, data), k)
     expected = {name: golden[f"mask_{kind}_{ratio}/{name}"].bool() for name in (*NAMES, *HEAD)}
@@ -108,7 +114,10 @@ def test_ties_give_exactly_k_and_only_tied_weights_may_differ(golden):
     facts = INFO["fixed_ties"]
     scores = {name: golden[f"fixed_score/{name}"] for name in NAMES}
     assert sum(int((s > facts["threshold"]).sum()) for s in scores.values()) == facts["n_above"]
-    assert sum(int((s == facts["threshold"]).sum()) for s in scores.values()) == facts["n_equal_to_threshold"]
+    assert (
+        sum(int((s == facts["threshold"]).sum()) for s in scores.values())
+        == facts["n_equal_to_threshold"]
+    )
     selection = fish_mask(scores, facts["k"])
     assert selection.count == facts["kept"]
     theirs = {name: golden[f"fixed_mask_0.4/{name}"].bool() for name in NAMES}
@@ -119,6 +128,7 @@ def test_ties_give_exactly_k_and_only_tied_weights_may_differ(golden):
 
 
 def test_no_budget_is_too_small_for_the_classifier(model, data):
-    # 10 % of 171 are fewer than the classifier's 27: the authors' code stops with an assertion, ours never pays for it.
+    # 10 % of 171 are fewer than the classifier's 27: the authors' code stops with an assertion,
+    # ours never pays for it.
     assert int(INFO["total"] * 0.1) < INFO["classifier"]
     assert fish_mask(fisher_information(model, data), 0.1).count == round(0.1 * 144)

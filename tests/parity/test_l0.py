@@ -20,7 +20,10 @@ def golden():
 
 @pytest.fixture
 def settings(golden):
-    return {"beta": float(golden["temperature"]), "stretch": (float(golden["l"]), float(golden["r"]))}
+    return {
+        "beta": float(golden["temperature"]),
+        "stretch": (float(golden["l"]), float(golden["r"])),
+    }
 
 
 def test_a_sample_and_its_gradient(golden, settings):
@@ -48,12 +51,20 @@ def test_the_open_probability(golden, settings):
 
 
 def test_the_penalty_and_its_gradients(golden, settings):
-    # The authors' objective: lambda for every weight of an open row, and their L2 term weighted with P(open).
-    log_alpha, weights = golden["loga"].clone().requires_grad_(), golden["weights"].clone().requires_grad_()
+    # The authors' objective: lambda for every weight of an open row, and their L2 term weighted
+    # with P(open).
+    log_alpha, weights = (
+        golden["loga"].clone().requires_grad_(),
+        golden["weights"].clone().requires_grad_(),
+    )
     decay = float(golden["weight_decay"]) / 2
     row = (float(golden["lamba"]) + decay * weights.square()).sum(1)
-    penalty = (sl.open_probability(log_alpha, **settings) * row).sum() + decay * golden["bias"].square().sum()
-    torch.testing.assert_close(-penalty.detach().reshape(()), golden["reg"].reshape(()), **TOLERANCE)
+    penalty = (sl.open_probability(log_alpha, **settings) * row).sum() + decay * golden[
+        "bias"
+    ].square().sum()
+    torch.testing.assert_close(
+        -penalty.detach().reshape(()), golden["reg"].reshape(()), **TOLERANCE
+    )
     (-penalty).backward()
     torch.testing.assert_close(log_alpha.grad, golden["reg_grad_loga"], **TOLERANCE)
     torch.testing.assert_close(weights.grad, golden["reg_grad_weights"], **TOLERANCE)

@@ -72,7 +72,15 @@ def test_five_steps_with_a_reselection_after_the_second(golden, facts, model, ru
     theta, gradients = [], []
 
     def phases():
-        method = sara(model, threshold=2e-3, epochs=5, lr=1e-3, lam=LAMBDA[run], reselect=2, schedule=sl.constant)
+        method = sara(
+            model,
+            threshold=2e-3,
+            epochs=5,
+            lr=1e-3,
+            lam=LAMBDA[run],
+            reselect=2,
+            schedule=sl.constant,
+        )
         for phase in method:
             state, values = phase.after_step.__self__, phase.groups[0]["params"]
 
@@ -88,22 +96,35 @@ def test_five_steps_with_a_reselection_after_the_second(golden, facts, model, ru
             phase.before_step, phase.after_step = before_step, after_step
             yield phase
             masks = state.selection.masks()
-            assert all(torch.equal(masks[name], golden[f"{run}/mask_after_reselect/{name}"]) for name in NAMES)
-            assert state.counts == [1725, sum(int(golden[f"{run}/mask_after_reselect/{n}"].sum()) for n in NAMES)]
+            assert all(
+                torch.equal(masks[name], golden[f"{run}/mask_after_reselect/{name}"])
+                for name in NAMES
+            )
+            assert state.counts == [
+                1725,
+                sum(int(golden[f"{run}/mask_after_reselect/{n}"].sum()) for n in NAMES),
+            ]
 
     records = sl.fit(model, phases(), [(golden["X"], golden["Y"])], loss=cross_entropy)
     assert [r["loss"] for r in records] == pytest.approx(golden[f"{run}/loss"].tolist(), abs=2e-6)
     norm = LAMBDA[run] * float(golden["nuclear_norm_0.weight"])
     assert records[0]["penalty"] == pytest.approx(norm, rel=1e-5)
     for name, gradient in zip(NAMES, gradients[0], strict=True):
-        expected = golden[f"{run}/grad1/{name}"][golden[f"mask0/{name}"]]  # the task's: theirs is before the penalty
+        expected = golden[f"{run}/grad1/{name}"][
+            golden[f"mask0/{name}"]
+        ]  # the task's: theirs is before the penalty
         if name == "0.weight":
-            expected = expected + LAMBDA[run] * golden["nuclear_norm_grad_0.weight"][golden["mask0/0.weight"]]
+            expected = (
+                expected
+                + LAMBDA[run] * golden["nuclear_norm_grad_0.weight"][golden["mask0/0.weight"]]
+            )
         torch.testing.assert_close(gradient, expected, **TOLERANCE, msg=name)
     for step in range(5):
         for name in NAMES:
             expected = golden[f"{run}/theta{step + 1}/{name}"]
-            torch.testing.assert_close(theta[step][name], expected, **TOLERANCE, msg=f"{step} {name}")
+            torch.testing.assert_close(
+                theta[step][name], expected, **TOLERANCE, msg=f"{step} {name}"
+            )
     if run == "dense_nolowrank":
         counts = {name: int(golden[f"{run}/mask_after_reselect/{name}"].sum()) for name in NAMES}
         assert counts == facts["reselected counts dense"]
@@ -116,7 +137,12 @@ def weights_inside(model):
 
 def test_the_nuclear_norm_moves_the_authors_dense_run_and_not_their_default_one(golden, facts):
     moved = max(
-        float((golden[f"dense_lowrank/theta5/{n}"] - golden[f"dense_nolowrank/theta5/{n}"]).abs().max()) for n in NAMES
+        float(
+            (golden[f"dense_lowrank/theta5/{n}"] - golden[f"dense_nolowrank/theta5/{n}"])
+            .abs()
+            .max()
+        )
+        for n in NAMES
     )
     assert moved == pytest.approx(facts["dense: same"], rel=1e-6)
     assert moved > 5e-3
@@ -126,8 +152,9 @@ def test_the_nuclear_norm_moves_the_authors_dense_run_and_not_their_default_one(
 class AuthorsDefault:
     """What the authors' default optimizer does, from a description: three faults on a masked AdamW.
 
-    The weights seen in the first forward, and in the first one after a re-selection, are |values|, also for autograd;
-    the step of the re-selection is skipped; the nuclear norm's gradient goes to tensors that nobody reads.
+    The weights seen in the first forward, and in the first one after a re-selection, are |values|,
+    also for autograd; the step of the re-selection is skipped; the nuclear norm's gradient goes to
+    tensors that nobody reads.
     """
 
     def __init__(self, theta, masks, threshold, lam):
@@ -151,7 +178,9 @@ class AuthorsDefault:
             self.seen[name] = shown
 
     def step(self, loss):
-        u, _, vh = torch.linalg.svd(self.theta["0.weight"] * self.masks["0.weight"], full_matrices=False)
+        u, _, vh = torch.linalg.svd(
+            self.theta["0.weight"] * self.masks["0.weight"], full_matrices=False
+        )
         self.unread = self.lam * (u @ vh) * self.masks["0.weight"]
         self.optimizer.zero_grad()
         loss.backward()
@@ -170,17 +199,25 @@ class AuthorsDefault:
 
 
 @pytest.mark.parametrize("lam", [0.0, 5e-4])
-def test_the_authors_default_optimizer_flips_signs_skips_a_step_and_loses_the_nuclear_norm(golden, facts, model, lam):
+def test_the_authors_default_optimizer_flips_signs_skips_a_step_and_loses_the_nuclear_norm(
+    golden, facts, model, lam
+):
     theta0, masks = weights_inside(model), {name: golden[f"mask0/{name}"] for name in NAMES}
     reference = AuthorsDefault(theta0, masks, 2e-3, lam)
     run = "ub_nolowrank"  # their other run has the same weights, see the facts
     for name in NAMES:
-        assert torch.equal(reference.seen[name].detach(), golden[f"{run}/theta_seen_by_forward_0/{name}"])
+        assert torch.equal(
+            reference.seen[name].detach(), golden[f"{run}/theta_seen_by_forward_0/{name}"]
+        )
     mask, seen = masks["0.weight"], reference.seen["0.weight"].detach()
     flipped = (seen[mask] != theta0["0.weight"][mask]).float().mean()
-    assert float(flipped) == pytest.approx(facts["UB first forward: share of masked entries with flipped sign"])
+    assert float(flipped) == pytest.approx(
+        facts["UB first forward: share of masked entries with flipped sign"]
+    )
     for call in range(1, 6):
-        loss = cross_entropy(lambda x: functional_call(model, reference.seen, x), (golden["X"], golden["Y"]))
+        loss = cross_entropy(
+            lambda x: functional_call(model, reference.seen, x), (golden["X"], golden["Y"])
+        )
         assert loss.item() == pytest.approx(float(golden[f"{run}/loss"][call - 1]), abs=2e-6)
         if call == 3:
             before = {name: t.clone() for name, t in reference.theta.items()}
@@ -199,8 +236,11 @@ def test_the_authors_default_optimizer_flips_signs_skips_a_step_and_loses_the_nu
     assert bool(reference.unread.any()) == (lam > 0)
 
 
-def test_sara_starts_from_the_weights_themselves_where_the_authors_default_sees_them_without_sign(golden, model):
-    # The forward of the first step sees the model's own weights, and zero-initialised ones do get a gradient.
+def test_sara_starts_from_the_weights_themselves_where_the_authors_default_sees_them_without_sign(
+    golden, model
+):
+    # The forward of the first step sees the model's own weights, and zero-initialised ones do get a
+    # gradient.
     expected = cross_entropy(model, (golden["X"], golden["Y"])).item()
     method = sara(model, threshold=2e-3, epochs=5, lr=1e-3, lam=0.0, reselect=2)
     records = sl.fit(model, method, [(golden["X"], golden["Y"])], loss=cross_entropy)

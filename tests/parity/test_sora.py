@@ -49,7 +49,9 @@ def authors_prox(x, xi):
 
 def test_the_prox_is_the_soft_threshold_and_the_authors_zeroes_twice_as_far(golden):
     x, xi = golden["prox_x"], float(golden["prox_lambda"])
-    torch.testing.assert_close(soft_threshold(x, xi), golden["prox_soft_threshold_DERIVED"], **TOLERANCE)
+    torch.testing.assert_close(
+        soft_threshold(x, xi), golden["prox_soft_threshold_DERIVED"], **TOLERANCE
+    )
     assert torch.equal(authors_prox(x, xi), golden["prox_code"])
     assert torch.equal(authors_prox(golden["prox_rand_x"], xi), golden["prox_rand_code"])
     found, code = soft_threshold(x, xi), golden["prox_code"]
@@ -59,7 +61,9 @@ def test_the_prox_is_the_soft_threshold_and_the_authors_zeroes_twice_as_far(gold
     assert between.sum() == 6
     assert (found[between] != 0).all()
     assert (code[between] == 0).all()
-    assert (x[x.abs() == xi] == code[x.abs() == xi]).all()  # and what lies on the threshold keeps its value
+    assert (
+        x[x.abs() == xi] == code[x.abs() == xi]
+    ).all()  # and what lies on the threshold keeps its value
     assert (found[x.abs() == xi] == 0).all()
 
 
@@ -67,7 +71,9 @@ def gate_steps(golden, run, prox, monkeypatch, **threshold):
     """The library's proximal steps on the stored gradients, under the authors' optimizer and a given prox."""
     monkeypatch.setattr("selective_lite.methods.sora.soft_threshold", prox)
     gate = nn.Parameter(golden["steps_g0"].clone())
-    optimizer = AuthorsAdamW([gate], lr=float(golden[f"steps_{run}_lr"]), eps=float(golden["steps_eps"]))
+    optimizer = AuthorsAdamW(
+        [gate], lr=float(golden[f"steps_{run}_lr"]), eps=float(golden["steps_eps"])
+    )
     proximal = Proximal([gate], schedule=sl.constant, **threshold)
     path = []
     for step, gradient in enumerate(golden["steps_grads"], 1):
@@ -86,12 +92,16 @@ def gate_steps(golden, run, prox, monkeypatch, **threshold):
     ],
 )
 def test_four_steps_of_the_gates(golden, monkeypatch, run, threshold, xi):
-    assert float(golden[f"steps_{run}_lambda"]) == pytest.approx(threshold["xi"] or threshold["lam"])
+    assert float(golden[f"steps_{run}_lambda"]) == pytest.approx(
+        threshold["xi"] or threshold["lam"]
+    )
     path, proximal = gate_steps(golden, run, authors_prox, monkeypatch, **threshold)
     torch.testing.assert_close(path, golden[f"steps_{run}"], **TOLERANCE)
     assert torch.equal(path == 0, golden[f"steps_{run}"] == 0)
     assert [step["xi"] for step in proximal.path] == pytest.approx([xi] * 4)
-    assert [step["open"] for step in proximal.path] == [float(gates.count_nonzero()) for gates in path]
+    assert [step["open"] for step in proximal.path] == [
+        float(gates.count_nonzero()) for gates in path
+    ]
 
 
 def test_the_true_prox_closes_fewer_gates_on_the_same_gradients(golden, monkeypatch):
@@ -106,7 +116,10 @@ def test_the_schedules_of_lambda(golden):
     linear = golden["schedule_linear_1e-4_7e-4_7"].tolist()
     assert [lam * schedule((i + 1) / 7) for i in range(7)] == pytest.approx(linear[:7], rel=1e-9)
     assert linear[7] == linear[6] == pytest.approx(lam * schedule(1.0))
-    # The two others are functions of progress too; the logarithmic one is the linear one to within 5e-8.
+    # The two others are functions of progress too; the logarithmic one is the linear one to within
+    # 5e-8.
     geometric = [7e-4 * 7 ** (i / 6 - 1) for i in range(7)]
-    assert geometric == pytest.approx(golden["schedule_exp_linear_1e-4_7e-4_7"].tolist()[:7], rel=1e-5)
+    assert geometric == pytest.approx(
+        golden["schedule_exp_linear_1e-4_7e-4_7"].tolist()[:7], rel=1e-5
+    )
     assert golden["schedule_log_linear_1e-4_7e-4_7"].tolist() == pytest.approx(linear, abs=5e-8)

@@ -65,7 +65,9 @@ def _llama():
 def _gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=12, n_layer=2, n_head=2, n_positions=16))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=53, n_embd=12, n_layer=2, n_head=2, n_positions=16)
+    )
 
 
 def _vit():
@@ -112,16 +114,25 @@ def batches():
     """batches(kind, count, size=3, device="cpu") -> batches: token ids without padding (or images), and labels."""
 
     def make(kind, count, size=3, device="cpu"):
-        return [{key: value.to(device) for key, value in batch.items()} for batch in drawn(kind, count, size)]
+        return [
+            {key: value.to(device) for key, value in batch.items()}
+            for batch in drawn(kind, count, size)
+        ]
 
     def drawn(kind, count, size):
         generator = torch.Generator().manual_seed(1)
         if kind == "vit":
             images = [torch.randn(size, 1, 8, 8, generator=generator) for _ in range(count)]
-            return [{"pixel_values": i, "labels": torch.randint(0, 3, (size,), generator=generator)} for i in images]
+            return [
+                {"pixel_values": i, "labels": torch.randint(0, 3, (size,), generator=generator)}
+                for i in images
+            ]
         ids = [torch.randint(1, 11, (size, 7), generator=generator) for _ in range(count)]
         if kind in CLASSIFIERS:
-            return [{"input_ids": i, "labels": torch.randint(0, 3, (size,), generator=generator)} for i in ids]
+            return [
+                {"input_ids": i, "labels": torch.randint(0, 3, (size,), generator=generator)}
+                for i in ids
+            ]
         return [{"input_ids": i, "labels": i.clone()} for i in ids]
 
     return make

@@ -22,7 +22,9 @@ def prepared(build, batches, pick, kind):
     training = sl.masked(model, pick(model), dense=tuple(sl.head_weights(model)))
     examples = [{k: v[0] for k, v in b.items()} for b in batches(kind, 16, size=1)]
     loader = torch.utils.data.DataLoader(examples, batch_size=2)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     return model, training, loader, optimizer
 
 
@@ -55,7 +57,10 @@ def test_accelerate_trains_as_a_plain_loop_does(build, batches, pick, kind):
     training.close()
     for (name, p), q in zip(base.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert any(not torch.equal(p, q) for p, q in zip(base.parameters(), build(kind).parameters(), strict=True))
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(base.parameters(), build(kind).parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -23,8 +23,15 @@ KINDS = ("lora", "adapter")
 
 def linear_names(model):
     """The weights of all linear layers that are not tied."""
-    shared = [p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
-    found = ((f"{path}.weight", module) for path, module in model.named_modules() if linear_sizes(module))
+    shared = [
+        p
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for p in module.parameters()
+    ]
+    found = (
+        (f"{path}.weight", module) for path, module in model.named_modules() if linear_sizes(module)
+    )
     return [name for name, module in found if not any(module.weight is p for p in shared)]
 
 
@@ -107,7 +114,9 @@ def test_an_adapter_adds_its_bottleneck_s_output_to_the_layer_s(name):
     y = layer(x).detach()
     (module,) = sl.add_adapters(layer, "weight", kind="adapter", rank=3).values()
     stir(layer)
-    hidden = torch.stack([functional.gelu(module.down @ v + module.down_bias) for v in y.reshape(-1, 7)])
+    hidden = torch.stack(
+        [functional.gelu(module.down @ v + module.down_bias) for v in y.reshape(-1, 7)]
+    )
     expected = y + (hidden @ module.up.t() + module.up_bias).reshape(y.shape)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
 
@@ -184,7 +193,9 @@ def test_an_adapter_cannot_be_merged_and_nothing_is(build):
     sl.add_adapters(model, other, kind="adapter", rank=2)
     stir(model)
     before = sl.snapshot(model)
-    with pytest.raises(ValueError, match=f"'{other}' is a bottleneck Adapter, which cannot be merged"):
+    with pytest.raises(
+        ValueError, match=f"'{other}' is a bottleneck Adapter, which cannot be merged"
+    ):
         sl.merge_adapters(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -278,7 +289,10 @@ def test_a_module_of_ones_own_is_attached_and_merges_with_one_rounding(name):
     attach(layers, module)
     assert model(torch.randn(2, 3).bfloat16()).dtype == torch.bfloat16
     assert sl.adapters(model) == {"0.weight": module}
-    with pytest.raises(ValueError, match=r"tuned has a small module of kind 'product' at '0\.weight'; merge it first"):
+    with pytest.raises(
+        ValueError,
+        match=r"tuned has a small module of kind 'product' at '0\.weight'; merge it first",
+    ):
         sl.diff({n: p.detach() for n, p in model.named_parameters() if "adapter" not in n}, model)
     sl.merge_adapters(model)
     difference = module.difference() if name == "Linear" else module.difference().t()
@@ -327,7 +341,10 @@ def test_targets_are_ends_of_names_at_a_dot(build):
     ],
 )
 def test_a_target_that_names_nothing_fitting_raises(build, kind, target):
-    with pytest.raises(ValueError, match=f"targets names '{target}', which is no nn.Linear or Conv1D outside the head"):
+    with pytest.raises(
+        ValueError,
+        match=f"targets names '{target}', which is no nn.Linear or Conv1D outside the head",
+    ):
         linear_weights(build(kind), (target,))
 
 
@@ -340,9 +357,13 @@ def test_a_model_without_a_plain_layer_raises():
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_have_the_dtype_and_device_of_their_weight(kind):
     model = nn.Sequential(
-        nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 4, device="meta")
+        nn.Linear(4, 4).bfloat16(),
+        nn.Linear(4, 4, dtype=torch.float64),
+        nn.Linear(4, 4, device="meta"),
     )
-    made = list(sl.add_adapters(model, ["0.weight", "1.weight", "2.weight"], kind=kind, rank=2).values())
+    made = list(
+        sl.add_adapters(model, ["0.weight", "1.weight", "2.weight"], kind=kind, rank=2).values()
+    )
     for module, dtype, device in zip(
         made, (torch.bfloat16, torch.float64, torch.float32), ("cpu", "cpu", "meta"), strict=True
     ):
@@ -366,25 +387,35 @@ def test_modules_follow_their_layer_s_mode(build):
     model = build("bert").train()
     assert all(m.training for m in sl.add_adapters(model, linear_names(model)[:1], rank=1).values())
     model.eval()
-    assert not any(m.training for m in sl.add_adapters(model, linear_names(model)[1:2], rank=1).values())
+    assert not any(
+        m.training for m in sl.add_adapters(model, linear_names(model)[1:2], rank=1).values()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_a_bias_is_trained_in_part_beside_a_module(build, batches, name, kind):
-    # Against the same model without masked training: the forward, and the gradient of every module and bias entry.
+    # Against the same model without masked training: the forward, and the gradient of every module
+    # and bias entry.
     model, (batch,) = build(name).double(), batches(name, 1)
     names = linear_names(model)
     sl.add_adapters(model, names, kind=kind, rank=2)
     stir(model)
-    biases = [n for n in model.state_dict() if n.endswith(".bias") and n.removesuffix("bias") + "weight" in names]
+    biases = [
+        n
+        for n in model.state_dict()
+        if n.endswith(".bias") and n.removesuffix("bias") + "weight" in names
+    ]
     expected = model(**batch)
     expected.loss.backward()
     modules = adapter_parameters(model)
     gradients = {n: model.get_parameter(n).grad.clone() for n in (*biases, *modules)}
     shapes = {n: tuple(model.get_parameter(n).shape) for n in biases}
     selection = sl.Selection({n: torch.tensor([0, 2]) for n in biases}, shapes)
-    classes, flags = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    classes, flags = (
+        [type(m) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
     with sl.masked(model, selection, dense=tuple(modules)) as training:
         found = model(**batch)
         assert torch.equal(found.logits, expected.logits)
@@ -395,7 +426,9 @@ def test_a_bias_is_trained_in_part_beside_a_module(build, batches, name, kind):
             torch.testing.assert_close(p.grad, gradients[n], rtol=1e-9, atol=1e-12)
         assert not model.get_parameter(names[0]).requires_grad
         for act in (sl.remove_adapters, sl.merge_adapters):
-            with pytest.raises(ValueError, match=f"'{names[0]}' is in masked training; leave that first"):
+            with pytest.raises(
+                ValueError, match=f"'{names[0]}' is in masked training; leave that first"
+            ):
                 act(model)
     assert [type(m) for m in model.modules()] == classes
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -447,9 +480,21 @@ def _plain(d_in=3, d_out=4):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: (_plain()[0], "0.wieght"), {}, "'rest.0.wieght', which is no parameter of this model"),
-        (lambda: (_plain()[0], "0.bias"), {}, "'rest.0.bias' belongs to a Linear; only floating-point weights"),
-        (lambda: (nn.Sequential(nn.Embedding(3, 4)), "0.weight"), {}, "'rest.0.weight' belongs to a Embedding"),
+        (
+            lambda: (_plain()[0], "0.wieght"),
+            {},
+            "'rest.0.wieght', which is no parameter of this model",
+        ),
+        (
+            lambda: (_plain()[0], "0.bias"),
+            {},
+            "'rest.0.bias' belongs to a Linear; only floating-point weights",
+        ),
+        (
+            lambda: (nn.Sequential(nn.Embedding(3, 4)), "0.weight"),
+            {},
+            "'rest.0.weight' belongs to a Embedding",
+        ),
         (_scaled, {}, "'rest.0.weight' belongs to a Scaled"),
         (_integers, {}, "'rest.0.weight' belongs to a Linear; only floating-point weights"),
         (_tied, {}, "'rest.a.weight' belongs to a Linear and a Embedding; only"),
@@ -457,7 +502,11 @@ def _plain(d_in=3, d_out=4):
         (_masked, {}, "layer of 'rest.0.weight' is in masked training"),
         (_replaced, {}, "'rest.0.weight' is in a layer whose forward was replaced"),
         (_plain, {"rank": 4}, "rank=4 does not fit 'rest.0.weight'; give an int from 1 to 3"),
-        (lambda: _plain(4, 3), {"rank": 4}, "rank=4 does not fit 'rest.0.weight'; give an int from 1 to 3"),
+        (
+            lambda: _plain(4, 3),
+            {"rank": 4},
+            "rank=4 does not fit 'rest.0.weight'; give an int from 1 to 3",
+        ),
         (_plain, {"rank": 0}, "rank=0 does not fit"),
         (_plain, {"rank": 1.0}, "rank=1.0 does not fit"),
         (_plain, {"rank": True}, "rank=True does not fit"),
@@ -471,7 +520,9 @@ def test_what_cannot_have_a_module_raises_and_the_model_is_as_it_was(make, optio
     model = nn.ModuleDict({"first": nn.Linear(9, 9), "rest": inner})
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        sl.add_adapters(model, ["first.weight", "rest." + name], **{"kind": kind, "rank": 1, **options})
+        sl.add_adapters(
+            model, ["first.weight", "rest." + name], **{"kind": kind, "rank": 1, **options}
+        )
     assert [type(m) for m in model.modules()] == classes
     assert list(model.state_dict()) == keys
 

@@ -16,7 +16,14 @@ def test_names_of_biases(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["weight", "bias.weight", "relative_attention_bias.weight", "relative_position_bias_table", "unbiased"]
+    "name",
+    [
+        "weight",
+        "bias.weight",
+        "relative_attention_bias.weight",
+        "relative_position_bias_table",
+        "unbiased",
+    ],
 )
 def test_names_that_only_sound_like_biases(name):
     assert not is_bias(name)
@@ -35,14 +42,18 @@ def test_exactly_the_biases_and_the_head_are_trained(build, batches, kind, count
     records = sl.fit(model, bitfit(model, lr=0.02, lr_head=0.01, epochs=2, weight_decay=0.1), data)
     assert [r["phase"] for r in records] == ["BitFit"] * 4
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if name.endswith(".bias")} | set(sl.head_weights(model))
+    assert moved == {name for name in before if name.endswith(".bias")} | set(
+        sl.head_weights(model)
+    )
     assert set(selection.indices) == moved - set(sl.head_weights(model))
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_weights_and_biases_of_attention_modules_are_told_apart():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, add_bias_kv=True), "rnn": nn.LSTM(4, 3)})
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(4, 2, add_bias_kv=True), "rnn": nn.LSTM(4, 3)}
+    )
     assert list(biases(model).indices) == [
         "attention.in_proj_bias",
         "attention.bias_k",
@@ -57,12 +68,16 @@ def test_a_part_is_a_whole_dotted_part_of_a_name(build):
     model = build("bert")
     layers = ("bert.encoder.layer.0", "bert.encoder.layer.1")
     assert list(biases(model, QUERY_AND_MLP).indices) == [
-        f"{layer}.{part}.bias" for layer in layers for part in ("attention.self.query", "intermediate.dense")
+        f"{layer}.{part}.bias"
+        for layer in layers
+        for part in ("attention.self.query", "intermediate.dense")
     ]
     assert list(biases(model, ("attention.output.dense",)).indices) == [
         f"{layer}.attention.output.dense.bias" for layer in layers
     ]
-    assert len(biases(model, ("output.dense",)).indices) == 4  # in the attention blocks too, as in the authors' code
+    assert (
+        len(biases(model, ("output.dense",)).indices) == 4
+    )  # in the attention blocks too, as in the authors' code
     assert list(biases(model, "pooler").indices) == ["bert.pooler.dense.bias"]
     with pytest.raises(ValueError, match="parts='quer' is in no bias's name"):
         biases(model, ("pooler", "quer"))
@@ -73,7 +88,10 @@ def test_a_part_is_a_whole_dotted_part_of_a_name(build):
 def test_parts_rates_and_epochs_reach_the_phase(build):
     model = build("bert")
     (phase,) = bitfit(model, lr=0.1, lr_head=0.2, epochs=3, parts=("query",), weight_decay=0.3)
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(0.1, 0.3), (0.2, 0.3)]
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
+        (0.1, 0.3),
+        (0.2, 0.3),
+    ]
     assert phase.epochs == 3
     assert phase.selection.count == 24
     (phase,) = bitfit(model, lr=0.1, epochs=1, head=("bert.pooler", "classifier"))
@@ -84,8 +102,12 @@ def test_parts_rates_and_epochs_reach_the_phase(build):
 def test_a_model_without_biases_raises_and_is_as_it_was(build, batches):
     model = build("llama")
     before = sl.snapshot(model)
-    with pytest.raises(ValueError, match="model has no bias outside its head, so BitFit has nothing to train"):
+    with pytest.raises(
+        ValueError, match="model has no bias outside its head, so BitFit has nothing to train"
+    ):
         sl.fit(model, bitfit(model, lr=0.1, epochs=1), batches("llama", 1))
-    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )
     with pytest.raises(ValueError, match="no bias outside its head"):
         biases(build("toy"), head=("first", "norm", "classifier"))

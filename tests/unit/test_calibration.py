@@ -15,7 +15,10 @@ def scattered(model, **options):
     """Gates at random places."""
     relaxed, generator = Relaxed(model, **options), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in (*relaxed.log_alpha, *([] if relaxed.log_alpha_group is None else [relaxed.log_alpha_group])):
+        for p in (
+            *relaxed.log_alpha,
+            *([] if relaxed.log_alpha_group is None else [relaxed.log_alpha_group]),
+        ):
             p.copy_(4 * torch.randn(p.shape, generator=generator))
     return relaxed
 
@@ -27,7 +30,9 @@ def test_the_watched_gate_is_the_mth_and_says_whether_m_are_open(build, groups, 
     places = [a.detach().expand_as(w) for a, w in zip(relaxed.log_alpha, relaxed.w, strict=True)]
     if groups:
         shared = relaxed.log_alpha_group.detach()
-        places = [torch.minimum(a, shared[i]) for a, i in zip(places, relaxed.group_ids, strict=True)]
+        places = [
+            torch.minimum(a, shared[i]) for a, i in zip(places, relaxed.group_ids, strict=True)
+        ]
     ordered = torch.cat([a.flatten() for a in places]).sort(descending=True).values
     m = round(1.2 * k)
     calibration = Calibration(relaxed, k, lam=1e-6)
@@ -50,7 +55,9 @@ def test_a_budget_of_everything_watches_the_last_gate(build):
 
 
 def test_the_line_leads_from_the_start_to_a_margin_above_the_threshold(build):
-    calibration = Calibration(Relaxed(build("toy"), stretch=(-0.1, 1.1), log_alpha=3.0), 5, lam=1e-6, margin=0.5)
+    calibration = Calibration(
+        Relaxed(build("toy"), stretch=(-0.1, 1.1), log_alpha=3.0), 5, lam=1e-6, margin=0.5
+    )
     threshold = math.log(0.1 / 1.1)
     assert [calibration.target(t) for t in (0.0, 0.5, 1.0)] == pytest.approx(
         [3.0, (3.0 + threshold + 0.5) / 2, threshold + 0.5]
@@ -62,7 +69,9 @@ def test_lambda_is_the_formula_s_and_brakes_on_momentum_before_the_line_is_cross
     calibration = Calibration(relaxed, 5, lam=1e-6)
     expected, summed, before = 1e-6, 0.0, 5.0
     for progress, place in ((0.1, 5.0), (0.2, 4.9), (0.3, 4.5), (0.5, 3.5), (1.0, 1.2)):
-        assert calibration.penalty().item() == pytest.approx(expected * relaxed.expected_l0().item(), rel=1e-5)
+        assert calibration.penalty().item() == pytest.approx(
+            expected * relaxed.expected_l0().item(), rel=1e-5
+        )
         with torch.no_grad():
             for log_alpha in relaxed.log_alpha:
                 log_alpha.fill_(place)
@@ -73,7 +82,8 @@ def test_lambda_is_the_formula_s_and_brakes_on_momentum_before_the_line_is_cross
         summed, before = summed + error * share, place
         expected = 1e-6 * math.exp(2 * error + 10 * summed)
         assert calibration.lam == pytest.approx(expected, rel=1e-4)
-    # At 0.3 the gate is above its line (4.5 against 3.8), and its momentum has the price cut all the same.
+    # At 0.3 the gate is above its line (4.5 against 3.8), and its momentum has the price cut all
+    # the same.
     prices = [step["lambda"] for step in calibration.path]
     assert prices[3] < prices[2]
     assert [step["open"] for step in calibration.path] == [sum(w.numel() for w in relaxed.w)] * 5
@@ -86,8 +96,18 @@ def test_enough_gates_stay_open_and_the_crowd_closes(build, batches, groups, see
     relaxed = Relaxed(model, groups=groups, seed=seed)
     calibration = Calibration(relaxed, k, lam=1e-7)
     gates = [*relaxed.log_alpha, *([] if groups is None else [relaxed.log_alpha_group])]
-    parts = [{"params": list(relaxed.w), "lr": 0.01}, {"params": gates, "lr": 0.4, "schedule": sl.constant}]
-    phase = sl.Phase("relaxed", parts, 6, penalty=calibration.penalty, after_step=calibration.update, model=relaxed)
+    parts = [
+        {"params": list(relaxed.w), "lr": 0.01},
+        {"params": gates, "lr": 0.4, "schedule": sl.constant},
+    ]
+    phase = sl.Phase(
+        "relaxed",
+        parts,
+        6,
+        penalty=calibration.penalty,
+        after_step=calibration.update,
+        model=relaxed,
+    )
     records = sl.fit(model, [phase], batches("bert", 10))
     assert [step["expected_l0"] * step["lambda"] for step in calibration.path] == pytest.approx(
         [record["penalty"] for record in records], rel=1e-4

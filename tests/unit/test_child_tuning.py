@@ -20,7 +20,9 @@ def gradients_seen(model, method, data):
             def watched(progress, optimizer, mask=mask):
                 plain = {name: p.grad.clone() for name, p in model.named_parameters()}
                 mask(progress, optimizer)
-                found.append((plain, {name: p.grad.clone() for name, p in model.named_parameters()}))
+                found.append(
+                    (plain, {name: p.grad.clone() for name, p in model.named_parameters()})
+                )
 
             phase.before_step = watched
             yield phase
@@ -33,14 +35,18 @@ def gradients_seen(model, method, data):
 def test_f_keeps_a_share_p_of_every_gradient_times_one_over_p_and_the_head_s_too(build, batches, p):
     model = build("bert")
     kept = total = head = 0
-    for plain, masked in gradients_seen(model, child_tuning_f(model, p=p, **RATES), batches("bert", 2)):
+    for plain, masked in gradients_seen(
+        model, child_tuning_f(model, p=p, **RATES), batches("bert", 2)
+    ):
         for name, gradient in plain.items():
             chosen = masked[name] != 0
             torch.testing.assert_close(masked[name][chosen], gradient[chosen] / p)
             kept += int(chosen[gradient != 0].sum())
             total += int((gradient != 0).sum())
             head += int((~chosen[gradient != 0]).sum()) if name.startswith("classifier") else 0
-    assert kept / total == pytest.approx(p, abs=0.02)  # of some 14,000 draws: five standard deviations
+    assert kept / total == pytest.approx(
+        p, abs=0.02
+    )  # of some 14,000 draws: five standard deviations
     assert head > 0
 
 
@@ -50,7 +56,10 @@ def test_f_draws_anew_at_every_step_and_for_every_tensor(build, batches):
     masks = [masked["bert.pooler.dense.weight"] != 0 for _, masked in steps]
     assert len(masks) == 4
     assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
-    query, key = (steps[0][1][f"bert.encoder.layer.0.attention.self.{part}.weight"] != 0 for part in ("query", "value"))
+    query, key = (
+        steps[0][1][f"bert.encoder.layer.0.attention.self.{part}.weight"] != 0
+        for part in ("query", "value")
+    )
     assert not torch.equal(query, key)
 
 
@@ -81,8 +90,14 @@ def test_f_with_p_1_is_full_fine_tuning(build, batches):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    sl.fit(one, child_tuning_f(one, p=1.0, weight_decay=0.1, lr_head=0.01, **RATES), batches("bert", 2))
-    sl.fit(other, sl.full_finetuning(other, weight_decay=0.1, lr_head=0.01, **RATES), batches("bert", 2))
+    sl.fit(
+        one, child_tuning_f(one, p=1.0, weight_decay=0.1, lr_head=0.01, **RATES), batches("bert", 2)
+    )
+    sl.fit(
+        other,
+        sl.full_finetuning(other, weight_decay=0.1, lr_head=0.01, **RATES),
+        batches("bert", 2),
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -111,7 +126,9 @@ def test_d_trains_exactly_the_child_network_and_the_head(build, batches, kind, r
     before, keys = sl.snapshot(model), list(model.state_dict())
     total = sum(p.numel() for p in sl.weights(model).values())
     child = sl.select(sl.squared_gradient(model, data, reduction=reduction), 0.2)
-    method = child_tuning_d(model, data, p=0.2, reduction=reduction, lr_head=0.01, weight_decay=0.1, **RATES)
+    method = child_tuning_d(
+        model, data, p=0.2, reduction=reduction, lr_head=0.01, weight_decay=0.1, **RATES
+    )
     records = sl.fit(model, method, data)
     assert [r["phase"] for r in records] == ["Child-Tuning-D"] * 6
     assert child.count == round(0.2 * total)
@@ -127,7 +144,10 @@ def test_options_reach_d_s_scores_and_phase(build, batches):
     (phase,) = child_tuning_d(
         model, data, p=0.1, lr=0.1, lr_head=0.2, epochs=3, weight_decay=0.3, frozen=("embedding",)
     )
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(0.1, 0.3), (0.2, 0.3)]
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
+        (0.1, 0.3),
+        (0.2, 0.3),
+    ]
     assert phase.epochs == 3
     assert "embedding.weight" not in phase.selection.indices
     assert "embedding.weight" in child_network(model, data, p=0.5).indices
@@ -138,16 +158,24 @@ def test_options_reach_d_s_scores_and_phase(build, batches):
     assert set(child_network(model, data, p=0.1, loss=on_one_weight).indices) == {"second.weight"}
     (phase,) = child_tuning_d(model, data, p=0.1, loss=on_one_weight, **RATES)
     assert set(phase.selection.indices) == {"second.weight"}
-    assert "second.weight" not in child_network(model, data, p=0.1, head=("second", "classifier")).shapes
+    assert (
+        "second.weight"
+        not in child_network(model, data, p=0.1, head=("second", "classifier")).shapes
+    )
 
 
 def test_the_head_may_be_named_in_both(build, batches):
     model, data, head = build("toy"), batches("toy", 2), ("second", "classifier")
     named = {id(p) for p in (*model.second.parameters(), *model.classifier.parameters())}
-    for method in (child_tuning_f(model, head=head, **RATES), child_tuning_d(model, data, p=0.1, head=head, **RATES)):
+    for method in (
+        child_tuning_f(model, head=head, **RATES),
+        child_tuning_d(model, data, p=0.1, head=head, **RATES),
+    ):
         (phase,) = method
         assert {id(p) for p in phase.groups[1]["params"]} == named
-    assert phase.selection.count == round(0.1 * 129)  # of the toy's 164 candidates, 35 are in the head now
+    assert phase.selection.count == round(
+        0.1 * 129
+    )  # of the toy's 164 candidates, 35 are in the head now
 
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.5, float("nan")])
@@ -157,7 +185,9 @@ def test_a_share_outside_its_range_raises_before_anything_is_done(build, batches
     for method in (child_tuning_f(model, p=p, **RATES), child_tuning_d(model, data, p=p, **RATES)):
         with pytest.raises(ValueError, match=rf"p={p} is outside \(0, 1\]"):
             sl.fit(model, method, data)
-    assert all(torch.equal(before[name], q) and q.requires_grad for name, q in model.named_parameters())
+    assert all(
+        torch.equal(before[name], q) and q.requires_grad for name, q in model.named_parameters()
+    )
 
 
 def test_bad_options_of_d_raise_and_the_model_is_as_it_was(build, batches):
@@ -170,4 +200,6 @@ def test_bad_options_of_d_raise_and_the_model_is_as_it_was(build, batches):
     ):
         with pytest.raises(ValueError, match=message):
             sl.fit(model, child_tuning_d(model, data, **RATES, **options), data)
-    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )

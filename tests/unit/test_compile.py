@@ -24,9 +24,15 @@ def losses(model, data, parameters, backend):
     return found, (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the compiler's own
-@pytest.mark.parametrize(("kind", "graphs"), [("bert_tied", (1, 0)), ("llama", (1, 0)), ("gpt2", None)])
-def test_a_compiled_masked_step_has_no_graph_break_of_its_own_and_trains_alike(build, batches, pick, kind, graphs):
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # the compiler's own
+@pytest.mark.parametrize(
+    ("kind", "graphs"), [("bert_tied", (1, 0)), ("llama", (1, 0)), ("gpt2", None)]
+)
+def test_a_compiled_masked_step_has_no_graph_break_of_its_own_and_trains_alike(
+    build, batches, pick, kind, graphs
+):
     ordinary, other, model, data = build(kind), build(kind), build(kind), batches(kind, 1)
     selection, before = pick(model), sl.snapshot(model)
     _, counted = losses(ordinary, data, ordinary.parameters(), "aot_eager")

@@ -14,7 +14,9 @@ def tuned(build, seed=None, head=None, device="cpu", **shifts):
             for position, amount in changes.items():
                 model.get_parameter(name.replace("_", ".")).view(-1)[position] += amount
         if seed is not None:
-            model.norm.weight += torch.randn(7, generator=torch.Generator().manual_seed(seed)).to(device)
+            model.norm.weight += torch.randn(7, generator=torch.Generator().manual_seed(seed)).to(
+                device
+            )
         if head is not None:
             model.classifier.weight.fill_(head)
     return model
@@ -40,7 +42,10 @@ def pair(build, base, device):
         tuned(build, device=device, first_weight={0: 1.0, 5: -2.0}, second_weight={3: 0.5}),
         tuned(build, device=device, seed=1, first_weight={5: 4.0, 9: 1.0}),
     )
-    return models, [sl.diff(base, model, method=name) for model, name in zip(models, ("one", "two"), strict=True)]
+    return models, [
+        sl.diff(base, model, method=name)
+        for model, name in zip(models, ("one", "two"), strict=True)
+    ]
 
 
 def test_the_sum_is_the_weighted_sum_of_differences(base, pair):
@@ -51,8 +56,12 @@ def test_the_sum_is_the_weighted_sum_of_differences(base, pair):
     start = {name: p.detach().double() for name, p in base.named_parameters()}
     with combined.apply(base):
         for name, p in base.named_parameters():
-            one, two = (model.get_parameter(name).detach().double() - start[name] for model in models)
-            torch.testing.assert_close(p.detach().double(), start[name] + 0.5 * one - 2.0 * two, rtol=1e-6, atol=1e-7)
+            one, two = (
+                model.get_parameter(name).detach().double() - start[name] for model in models
+            )
+            torch.testing.assert_close(
+                p.detach().double(), start[name] + 0.5 * one - 2.0 * two, rtol=1e-6, atol=1e-7
+            )
     assert equal(bits(base), before)
     assert combined.positions["first.weight"].tolist() == [0, 5, 9]
     assert combined.dense.keys() == {"norm.weight"}
@@ -90,8 +99,13 @@ def test_a_combined_delta_is_saved_and_loaded(base, pair, tmp_path):
 
 
 def test_heads_must_be_the_same_or_one_is_chosen(build, base):
-    deltas = [sl.diff(base, tuned(build, head=value, first_weight={i: 1.0})) for i, value in enumerate((1.0, 2.0))]
-    with pytest.raises(ValueError, match=r"deltas\[0\] and deltas\[1\] have different heads; give head=0 to head=1"):
+    deltas = [
+        sl.diff(base, tuned(build, head=value, first_weight={i: 1.0}))
+        for i, value in enumerate((1.0, 2.0))
+    ]
+    with pytest.raises(
+        ValueError, match=r"deltas\[0\] and deltas\[1\] have different heads; give head=0 to head=1"
+    ):
         sl.combine(base, deltas, [1, 1])
     with pytest.raises(ValueError, match="head=2 is no index of 2 deltas"):
         sl.combine(base, deltas, [1, 1], head=2)
@@ -102,7 +116,9 @@ def test_heads_must_be_the_same_or_one_is_chosen(build, base):
 
 def test_what_cannot_be_summed_is_refused(build, base, pair):
     _, deltas = pair
-    with pytest.raises(ValueError, match=r"weights=\[1\] must be a finite number for each of the 2 deltas"):
+    with pytest.raises(
+        ValueError, match=r"weights=\[1\] must be a finite number for each of the 2 deltas"
+    ):
         sl.combine(base, deltas, [1])
     with pytest.raises(ValueError, match="must be a finite number"):
         sl.combine(base, deltas, [1, float("nan")])
@@ -114,7 +130,9 @@ def test_what_cannot_be_summed_is_refused(build, base, pair):
         sl.combine(build("toy", seed=1), deltas, [1, 1])
     model = build("toy")
     sl.add_adapters(model, "second.weight", rank=1)
-    with pytest.raises(ValueError, match=r"deltas\[1\] has small modules, which are no difference of a weight"):
+    with pytest.raises(
+        ValueError, match=r"deltas\[1\] has small modules, which are no difference of a weight"
+    ):
         sl.combine(base, [deltas[0], sl.diff(base, model)], [1, 1])
 
 

@@ -31,7 +31,11 @@ def trained(build, batches, pick):
     with torch.no_grad():
         for one in (base, model):  # zeros of both signs, a denormal, and the largest number
             one.bert.pooler.dense.weight.view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-42, 3.4e38])
-    sl.fit(model, sl.fixed_mask(model, pick(model, per_tensor=12), lr=0.01, epochs=2), batches("bert", 2))
+    sl.fit(
+        model,
+        sl.fixed_mask(model, pick(model, per_tensor=12), lr=0.01, epochs=2),
+        batches("bert", 2),
+    )
     with torch.no_grad():
         model.bert.pooler.dense.weight.view(-1)[:4] = torch.tensor([-0.0, 0.0, 2e-42, -3.4e38])
     return base, model
@@ -66,7 +70,9 @@ def test_a_delta_holds_the_changed_weights_and_no_other(tuned):
     delta = sl.diff(base, model)
     named = sl.weights(model)
     for name, p in sl.weights(base).items():
-        differs = torch.tensor([a != b for a, b in zip(*map(list_of_bits, (p, named[name])), strict=True)])
+        differs = torch.tensor(
+            [a != b for a, b in zip(*map(list_of_bits, (p, named[name])), strict=True)]
+        )
         index = delta.positions.get(name)
         if name in delta.dense:
             assert differs.all()
@@ -178,7 +184,8 @@ def test_a_delta_twice_or_on_another_base_raises_and_changes_nothing(tuned, buil
 
 
 def test_a_base_that_differs_elsewhere_is_accepted(build):
-    # The fingerprint covers the replaced positions only: what else a model carries is not this delta's business.
+    # The fingerprint covers the replaced positions only: what else a model carries is not this
+    # delta's business.
     base = shifted(build, 5.0, 40)
     delta = sl.diff(build("toy"), shifted(build, 1.0, 3))
     with delta.apply(base):
@@ -199,7 +206,10 @@ def _reshaped(model):
     [
         (_renamed, "model has no parameter 'first.weight'"),
         (_reshaped, r"'first.weight' has shape \[8, 6\], the delta's base has \[7, 6\]"),
-        (lambda model: model.half(), r"'first.weight' is torch.float16, the delta's base is torch.float32"),
+        (
+            lambda model: model.half(),
+            r"'first.weight' is torch.float16, the delta's base is torch.float32",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_raises_and_is_as_it_was(build, change, message):
@@ -244,7 +254,9 @@ def header_length(content):
 def test_one_flipped_byte_anywhere_is_noticed(path):
     content = path.read_bytes()
     start = 8 + header_length(content)
-    text = content[8:start].rstrip(b" ")  # behind it the header is padded with spaces, which carry nothing
+    text = content[8:start].rstrip(
+        b" "
+    )  # behind it the header is padded with spaces, which carry nothing
     assert len(content) > start + 1000
     places = [
         *range(8),
@@ -256,7 +268,9 @@ def test_one_flipped_byte_anywhere_is_noticed(path):
     damaged = path.with_name("damaged")
     for place in places:
         for flip in (0x01, 0x80):
-            damaged.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+            damaged.write_bytes(
+                content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :]
+            )
             with pytest.raises(sl.DeltaError, match="damaged"):
                 sl.load(damaged)
 
@@ -264,8 +278,22 @@ def test_one_flipped_byte_anywhere_is_noticed(path):
 def test_a_truncated_empty_or_foreign_file_is_noticed(path):
     content = path.read_bytes()
     damaged = path.with_name("damaged")
-    cuts = [0, 1, 7, 8, 9, header_length(content), 8 + header_length(content), len(content) // 2, len(content) - 1]
-    foreign = [content[:cut] for cut in cuts] + [content + b"\0", save_bytes({"w": torch.ones(2)}), b"PK\x03\x04" * 9]
+    cuts = [
+        0,
+        1,
+        7,
+        8,
+        9,
+        header_length(content),
+        8 + header_length(content),
+        len(content) // 2,
+        len(content) - 1,
+    ]
+    foreign = [content[:cut] for cut in cuts] + [
+        content + b"\0",
+        save_bytes({"w": torch.ones(2)}),
+        b"PK\x03\x04" * 9,
+    ]
     for one in foreign:
         damaged.write_bytes(one)
         with pytest.raises(sl.DeltaError, match="no delta file, or a damaged one"):
@@ -310,7 +338,9 @@ def test_hostile_positions_are_refused(path, kind):
 
 def metadata_of(path):
     content = path.read_bytes()
-    return json.loads(json.loads(content[8 : 8 + header_length(content)])["__metadata__"]["selective_lite"])
+    return json.loads(
+        json.loads(content[8 : 8 + header_length(content)])["__metadata__"]["selective_lite"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,12 +364,17 @@ def test_hostile_metadata_are_refused(path, metadata):
 
 
 def test_metadata_of_a_tensor_that_is_not_there_are_refused(path):
-    shapes, dtypes = ({**metadata_of(path)[key], "gone": value} for key, value in (("shapes", [1]), ("dtypes", "x")))
+    shapes, dtypes = (
+        {**metadata_of(path)[key], "gone": value}
+        for key, value in (("shapes", [1]), ("dtypes", "x"))
+    )
     with pytest.raises(sl.DeltaError, match="do not name the same parameters"):
         sl.load(forged(path, metadata={"shapes": shapes, "dtypes": dtypes}))
 
 
-@pytest.mark.parametrize("shape", ["53", [53, -12], [53.0, 12], [53, 12, 10**40], [2**40, 2**40], None, [[53], 12], {}])
+@pytest.mark.parametrize(
+    "shape", ["53", [53, -12], [53.0, 12], [53, 12, 10**40], [2**40, 2**40], None, [[53], 12], {}]
+)
 def test_a_hostile_shape_is_refused_by_file_or_by_model(path, tuned, shape):
     base, _ = tuned
     before = all_bits(base)
@@ -356,9 +391,18 @@ def test_a_hostile_shape_is_refused_by_file_or_by_model(path, tuned, shape):
         ({"remove": ["positions/" + NAME]}, "do not name the same parameters"),
         ({"tensors": {"dense/" + NAME: torch.zeros(53, 12)}}, "do not name the same parameters"),
         ({"tensors": {"extra/" + NAME: torch.zeros(1)}}, "unknown tensor 'extra/"),
-        ({"tensors": {"head/classifier.bias": torch.zeros(4)}}, r"'classifier.bias' has shape \[4\]"),
-        ({"tensors": {"head/classifier.bias": torch.zeros(3).double()}}, "'classifier.bias' is torch.float64"),
-        ({"tensors": {"head/classifier.bias": torch.zeros(3).int()}}, "'classifier.bias' is torch.int32"),
+        (
+            {"tensors": {"head/classifier.bias": torch.zeros(4)}},
+            r"'classifier.bias' has shape \[4\]",
+        ),
+        (
+            {"tensors": {"head/classifier.bias": torch.zeros(3).double()}},
+            "'classifier.bias' is torch.float64",
+        ),
+        (
+            {"tensors": {"head/classifier.bias": torch.zeros(3).int()}},
+            "'classifier.bias' is torch.int32",
+        ),
         ({"text": "[" * 100_000}, "no delta file, or a damaged one"),
         ({"text": "[]"}, "no delta file, or a damaged one"),
         ({"text": "1e999"}, "no delta file, or a damaged one"),
@@ -523,7 +567,10 @@ def _replaced(model):
     [
         (_trained, "'oblong.weight/B' no longer holds this delta's values"),
         (_replaced, "'oblong.weight' no longer has this delta's small module"),
-        (lambda model: sl.merge_adapters(model, "oblong.weight"), "'oblong.weight' no longer has this delta's small"),
+        (
+            lambda model: sl.merge_adapters(model, "oblong.weight"),
+            "'oblong.weight' no longer has this delta's small",
+        ),
         (lambda model: sl.masked(model, _one_bias()), "'oblong.weight' is in masked training"),
     ],
 )
@@ -578,11 +625,20 @@ def _tied(model):
     [
         (_other_matrix, "not the base that this delta was made from"),
         (_gone, "model has no parameter 'oblong.weight'"),
-        (lambda model: setattr(model, "oblong", nn.Linear(6, 4)), r"'oblong.weight' has shape \[4, 6\]"),
+        (
+            lambda model: setattr(model, "oblong", nn.Linear(6, 4)),
+            r"'oblong.weight' has shape \[4, 6\]",
+        ),
         (lambda model: model.double(), "'oblong.weight' is torch.float64"),
         (_subclass, "cannot take this delta's small modules: 'oblong.weight' belongs to a Scaled"),
-        (_tied, "cannot take this delta's small modules: 'oblong.weight' belongs to a Linear and a Emb"),
-        (_conv1d_oblong, "the small module of 'oblong.weight' is not for a layer from 6 to 4 features"),
+        (
+            _tied,
+            "cannot take this delta's small modules: 'oblong.weight' belongs to a Linear and a Emb",
+        ),
+        (
+            _conv1d_oblong,
+            "the small module of 'oblong.weight' is not for a layer from 6 to 4 features",
+        ),
         (
             lambda model: sl.add_adapters(model, "oblong.weight", rank=1),
             "cannot take this delta's small modules: the layer of 'oblong.weight' has a small module already",
@@ -593,7 +649,9 @@ def _tied(model):
         ),
     ],
 )
-def test_a_model_that_cannot_take_the_modules_raises_and_is_as_it_was(modules_path, change, message):
+def test_a_model_that_cannot_take_the_modules_raises_and_is_as_it_was(
+    modules_path, change, message
+):
     model = two()
     change(model)
     before, kinds = all_bits(model), classes(model)
@@ -632,8 +690,13 @@ def shifted_two():
 
 
 def specs(**changes):
-    found = {"square.weight": {"kind": "adapter", "rank": 2}, "oblong.weight": {"kind": "lora", "rank": 3}}
-    return {"modules": {**found, **{name.replace("_", "."): spec for name, spec in changes.items()}}}
+    found = {
+        "square.weight": {"kind": "adapter", "rank": 2},
+        "oblong.weight": {"kind": "lora", "rank": 3},
+    }
+    return {
+        "modules": {**found, **{name.replace("_", "."): spec for name, spec in changes.items()}}
+    }
 
 
 @pytest.mark.parametrize(
@@ -686,10 +749,16 @@ LORA = "modules/oblong.weight/"
     ("change", "message"),
     [
         ({"remove": [LORA + "B"]}, "is no 'lora' of rank 3 for shape"),
-        ({"remove": [LORA + "A", LORA + "B"]}, "small modules and its metadata|do not name the same"),
+        (
+            {"remove": [LORA + "A", LORA + "B"]},
+            "small modules and its metadata|do not name the same",
+        ),
         ({"tensors": {LORA + "C": torch.zeros(1)}}, "is no 'lora' of rank 3"),
         ({"tensors": {LORA + "A": torch.zeros(4, 3)}}, "is no 'lora' of rank 3"),
-        ({"tensors": {LORA + "A": torch.zeros(3, 6), LORA + "B": torch.zeros(6, 3)}}, "is no 'lora' of rank 3"),
+        (
+            {"tensors": {LORA + "A": torch.zeros(3, 6), LORA + "B": torch.zeros(6, 3)}},
+            "is no 'lora' of rank 3",
+        ),
         ({"tensors": {LORA + "A": torch.zeros(3, 4, 1)}}, "is no 'lora' of rank 3"),
         ({"tensors": {LORA + "A": torch.zeros(3, 4).double()}}, "'oblong.weight' is torch.float64"),
         ({"tensors": {LORA + "A": torch.zeros(3, 4).int()}}, "'oblong.weight' is torch.int32"),
@@ -697,7 +766,9 @@ LORA = "modules/oblong.weight/"
         ({"tensors": {"modules/oblong.weight/x/A": torch.zeros(1)}}, "do not name the same"),
         ({"tensors": {"modules/table.weight/A": torch.zeros(1, 4)}}, "do not name the same"),
     ],
-    ids=lambda value: None if isinstance(value, str) else " ".join(key for part in value.values() for key in part),
+    ids=lambda value: (
+        None if isinstance(value, str) else " ".join(key for part in value.values() for key in part)
+    ),
 )
 def test_hostile_modules_are_refused(modules_path, change, message):
     with pytest.raises(sl.DeltaError, match=message):
@@ -716,12 +787,17 @@ def test_modules_named_in_a_file_that_has_none_are_not_applied(path, tuned):
     with delta.apply(base):
         assert all_bits(base) == all_bits(model)
     with pytest.raises(sl.DeltaError, match="do not name the same"):
-        sl.load(forged(path, metadata={"version": 2, "modules": {NAME: {"kind": "lora", "rank": 1}}}))
+        sl.load(
+            forged(path, metadata={"version": 2, "modules": {NAME: {"kind": "lora", "rank": 1}}})
+        )
 
 
 def test_a_forged_file_of_modules_that_fits_loads_and_applies(modules_path):
-    # The forgeries above fail for what they forge. A transposed layer's module fits by file and fails by model.
-    assert sl.load(forged(modules_path, metadata={"method": "forged"})).metadata["method"] == "forged"
+    # The forgeries above fail for what they forge. A transposed layer's module fits by file and
+    # fails by model.
+    assert (
+        sl.load(forged(modules_path, metadata={"method": "forged"})).metadata["method"] == "forged"
+    )
     turned = {LORA + "A": torch.zeros(3, 6), LORA + "B": torch.zeros(4, 3)}
     delta = sl.load(forged(modules_path, tensors=turned))
     base = two()
@@ -735,6 +811,8 @@ def test_a_forged_file_of_modules_that_fits_loads_and_applies(modules_path):
 def test_one_flipped_byte_of_a_module_is_noticed(modules_path):
     content = modules_path.read_bytes()
     for place in range(8 + header_length(content), len(content), 7):
-        modules_path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        modules_path.write_bytes(
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        )
         with pytest.raises(sl.DeltaError, match="damaged"):
             sl.load(modules_path)

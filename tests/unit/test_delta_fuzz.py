@@ -92,7 +92,9 @@ def damage(content, rng):
     header = 8 + len(cut(content)[1])
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        low, high = rng.choice(((0, 8), (8, header), (header, len(content)), (header, len(content))))
+        low, high = rng.choice(
+            ((0, 8), (8, header), (header, len(content)), (header, len(content)))
+        )
         at = min(rng.randrange(low, high), len(data) - 1)
         size = rng.choice((1, 2, 4, 8, 40))
         match rng.randrange(7):
@@ -120,7 +122,13 @@ def damage(content, rng):
 
 def places(value, path=()):
     """The paths of everything inside a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(p for key, part in inner for p in places(part, (*path, key)))]
 
 
@@ -147,19 +155,27 @@ def forged_tensor(tensor, rng):
         case 1:
             return torch.cat([flat, flat[:1]])
         case 2:
-            return tensor.to(rng.choice((torch.int64, torch.int32, torch.float16, torch.float64, torch.bool)))
+            return tensor.to(
+                rng.choice((torch.int64, torch.int32, torch.float16, torch.float64, torch.bool))
+            )
         case 3:
             return flat.reshape(1, -1) if tensor.dim() == 1 else flat
         case 4:
             return flat.flip(0).reshape(tensor.shape).contiguous()
         case 5:
             new = tensor.clone().contiguous()
-            new.view(torch.uint8).view(-1)[rng.randrange(new.numel() * new.element_size())] ^= 1 << rng.randrange(8)
+            new.view(torch.uint8).view(-1)[rng.randrange(new.numel() * new.element_size())] ^= (
+                1 << rng.randrange(8)
+            )
             return new
         case 6:
-            return torch.tensor([rng.choice((0, -1, 2**31 - 1, 2**62, -(2**63), 2**63 - 1)) for _ in flat])
+            return torch.tensor(
+                [rng.choice((0, -1, 2**31 - 1, 2**62, -(2**63), 2**63 - 1)) for _ in flat]
+            )
         case _:
-            return torch.empty(rng.choice(((0,), (0, 2**40), (2**40, 0), (0, 0))), dtype=tensor.dtype)
+            return torch.empty(
+                rng.choice(((0,), (0, 2**40), (2**40, 0), (0, 0))), dtype=tensor.dtype
+            )
 
 
 def forge(content, rng):
@@ -168,7 +184,9 @@ def forge(content, rng):
     if rng.randrange(4) == 0:  # the container's own header
         name = rng.choice([key for key in header if key != "__metadata__"])
         path = rng.choice(places(header[name], (name,)))
-        header = replaced(header, path, rng.choice([*ODDS, "F16", "F64", "U8", "C64", "F8_E4M3", "BOOL", ...]))
+        header = replaced(
+            header, path, rng.choice([*ODDS, "F16", "F64", "U8", "C64", "F8_E4M3", "BOOL", ...])
+        )
         text = json.dumps(header).encode()
         content = len(text).to_bytes(8, "little") + text + cut(content)[2]
         try:
@@ -187,17 +205,30 @@ def forge(content, rng):
             case 0:
                 tensors.pop(name, None)
             case 1:
-                new = rng.choice(("gaps", "gaps/x", "values/", "head/x", name + "/x", name.replace("values", "dense")))
+                new = rng.choice(
+                    (
+                        "gaps",
+                        "gaps/x",
+                        "values/",
+                        "head/x",
+                        name + "/x",
+                        name.replace("values", "dense"),
+                    )
+                )
                 tensors[new] = tensors.pop(name, torch.ones(2))
             case 2:
                 other = rng.choice(sorted(tensors)) if tensors else name
-                tensors[name], tensors[other] = tensors.get(other, torch.ones(1)), tensors.get(name, torch.ones(1))
+                tensors[name], tensors[other] = (
+                    tensors.get(other, torch.ones(1)),
+                    tensors.get(name, torch.ones(1)),
+                )
             case _:
                 if tensors.get(name, torch.ones(0)).numel():
                     tensors[name] = forged_tensor(tensors[name], rng)
     text = json.dumps(metadata)
     return save_bytes(
-        {name: t.clone() for name, t in tensors.items()}, {"selective_lite": text, "sha256": digest(text, tensors)}
+        {name: t.clone() for name, t in tensors.items()},
+        {"selective_lite": text, "sha256": digest(text, tensors)},
     )
 
 
@@ -236,11 +267,15 @@ def traced():
 
 def test_a_damaged_file_is_refused_or_is_the_delta_that_was_saved(content, delta, tmp_path, traced):
     rng, model, expected = random.Random(0), net(), identity(delta)
-    found = [refused(tmp_path / "file", damage(content, rng), model, expected) for _ in range(DAMAGED)]
+    found = [
+        refused(tmp_path / "file", damage(content, rng), model, expected) for _ in range(DAMAGED)
+    ]
     assert sum(found) > 0.98 * DAMAGED
 
 
 def test_a_forged_file_is_refused_or_leaves_no_trace(content, tmp_path, traced):
     rng, model = random.Random(1), net()
     found = [refused(tmp_path / "file", forge(content, rng), model, None) for _ in range(FORGED)]
-    assert 0.7 * FORGED < sum(found) < FORGED  # some forgeries are deltas: other values, or another method
+    assert (
+        0.7 * FORGED < sum(found) < FORGED
+    )  # some forgeries are deltas: other values, or another method

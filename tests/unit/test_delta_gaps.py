@@ -35,7 +35,11 @@ def test_positions_come_back(positions):
 
 def test_random_positions_take_at_most_a_twentieth_more_than_their_entropy():
     size, count = 10_000_000, 50_000
-    entropy = (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1)) / math.log(2) / 8
+    entropy = (
+        (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1))
+        / math.log(2)
+        / 8
+    )
     assert len(pack([drawn(size, count)])) <= 1.05 * entropy
 
 
@@ -79,7 +83,14 @@ def test_a_stream_of_a_gigabyte_is_never_unpacked():
 @pytest.mark.parametrize(
     "index",
     [[], [-1, 3], [0, 10], [3, 3], [4, 2], [0, 2**63 - 1, -(2**63), -1, 5]],
-    ids=["none", "negative", "too large", "twice", "unsorted", "each difference overflows to a positive one"],
+    ids=[
+        "none",
+        "negative",
+        "too large",
+        "twice",
+        "unsorted",
+        "each difference overflows to a positive one",
+    ],
 )
 def test_positions_that_are_not_increasing_within_the_size_are_seen(index):
     assert not increasing(torch.tensor(index, dtype=torch.int64), 10)
@@ -165,6 +176,9 @@ def test_an_overflow_in_forged_flat_positions_is_refused(deltas, tmp_path):
 
 def test_the_digest_is_of_the_stored_bytes(deltas):
     tensors, _ = read(deltas[1]["gap-lzma"])
-    assert set(tensors) == {"gaps", *(key for key in deltas[0]._tensors() if not key.startswith("positions/"))}
+    assert set(tensors) == {
+        "gaps",
+        *(key for key in deltas[0]._tensors() if not key.startswith("positions/")),
+    }
     changed = {**tensors, "gaps": tensors["gaps"] ^ 1}
     assert digest("", changed) != digest("", tensors)

@@ -41,11 +41,16 @@ def test_the_page_says_what_the_delta_holds(delta, tmp_path):
         assert line in page.splitlines(), page
     delta.save(tmp_path / "delta", "gap-lzma")
     size = (tmp_path / "delta").stat().st_size
-    assert f"encoding     gap-lzma, format version 3, file {size:,} bytes" in sl.describe(tmp_path / "delta")
+    assert f"encoding     gap-lzma, format version 3, file {size:,} bytes" in sl.describe(
+        tmp_path / "delta"
+    )
 
 
 def test_the_list_of_tensors_is_as_long_as_asked(delta):
-    assert sum(" of " in line and "%" in line for line in sl.describe(delta, tensors=2).splitlines()) == 1 + 2
+    assert (
+        sum(" of " in line and "%" in line for line in sl.describe(delta, tensors=2).splitlines())
+        == 1 + 2
+    )
 
 
 def test_a_head_alone_has_a_page_and_hostile_texts_are_made_printable(build):

@@ -17,7 +17,9 @@ def settle(relaxed, seed=0):
         for p in (*relaxed.w, *relaxed.log_alpha):
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
         if relaxed.log_alpha_group is not None:
-            relaxed.log_alpha_group.copy_(torch.randn(relaxed.log_alpha_group.shape, generator=generator))
+            relaxed.log_alpha_group.copy_(
+                torch.randn(relaxed.log_alpha_group.shape, generator=generator)
+            )
     return relaxed
 
 
@@ -46,7 +48,8 @@ def test_a_difference_is_gate_times_group_gate_times_w(build):
     relaxed = settle(Relaxed(build("bert"), groups="head")).eval()
     for i, (name, delta) in enumerate(relaxed.differences().items()):
         z, z_group = (
-            sl.deterministic_gate(a, stretch=(-1.5, 1.5)) for a in (relaxed.log_alpha[i], relaxed.log_alpha_group)
+            sl.deterministic_gate(a, stretch=(-1.5, 1.5))
+            for a in (relaxed.log_alpha[i], relaxed.log_alpha_group)
         )
         assert torch.equal(delta, z * relaxed.w[i] * z_group[relaxed.group_ids[i]]), name
 
@@ -73,7 +76,11 @@ def test_the_gradients_are_the_manual_ones(build, batches):
     relaxed.generator.set_state(state)
 
     def gate(log_alpha):
-        u = torch.rand(log_alpha.shape, generator=relaxed.generator).to(log_alpha).clamp(1e-4, 1 - 1e-4)
+        u = (
+            torch.rand(log_alpha.shape, generator=relaxed.generator)
+            .to(log_alpha)
+            .clamp(1e-4, 1 - 1e-4)
+        )
         s = torch.sigmoid(u.log() - (1 - u).log() + log_alpha.detach())
         stretched = 3 * s - 1.5
         return stretched.clamp(0, 1), ((stretched > 0) & (stretched < 1)) * 3 * s * (1 - s)
@@ -87,7 +94,9 @@ def test_the_gradients_are_the_manual_ones(build, batches):
         for i, (name, (z, _)) in enumerate(zip(relaxed.names, gates, strict=True))
     }
     loss = torch.func.functional_call(model, composed, (), batch).loss
-    for i, (g, (z, slope)) in enumerate(zip(torch.autograd.grad(loss, composed.values()), gates, strict=True)):
+    for i, (g, (z, slope)) in enumerate(
+        zip(torch.autograd.grad(loss, composed.values()), gates, strict=True)
+    ):
         w = relaxed.w[i].detach()
         torch.testing.assert_close(relaxed.w[i].grad, g * z * z_group[i])
         torch.testing.assert_close(relaxed.log_alpha[i].grad, g * w * z_group[i] * slope)
@@ -101,9 +110,12 @@ def test_the_noise_reaches_as_far_as_in_the_authors_code(build):
     with torch.no_grad():
         for w in relaxed.w:
             w.fill_(1.0)
-        opened = sum(int(d.count_nonzero()) for _ in range(100) for d in relaxed.differences().values())
+        opened = sum(
+            int(d.count_nonzero()) for _ in range(100) for d in relaxed.differences().values()
+        )
     draws = 100 * sum(w.numel() for w in relaxed.w)
-    # A gate opens where u > sigmoid(6), which u within [1e-4, 1 - 1e-4] allows and [1e-2, 1 - 1e-2] would not.
+    # A gate opens where u > sigmoid(6), which u within [1e-4, 1 - 1e-4] allows and [1e-2, 1 - 1e-2]
+    # would not.
     assert opened == pytest.approx(draws * 0.00247, rel=0.4)
 
 
@@ -116,7 +128,9 @@ def probabilities(relaxed):
 def test_the_penalty_is_a_sum_over_weights(build):
     relaxed = settle(Relaxed(build("toy")))
     single, _ = probabilities(relaxed)
-    assert relaxed.expected_l0().item() == pytest.approx(sum(p.sum().item() for p in single), rel=1e-5)
+    assert relaxed.expected_l0().item() == pytest.approx(
+        sum(p.sum().item() for p in single), rel=1e-5
+    )
     by_tensor = relaxed.expected_l0_by_tensor()
     assert list(by_tensor) == list(sl.weights(relaxed.model))
     assert by_tensor["norm.bias"].item() == pytest.approx(single[4].sum().item(), rel=1e-5)
@@ -136,17 +150,23 @@ def test_structured_the_product_is_the_paper_s_and_the_sum_the_code_s(build):
 
 def test_the_product_has_the_limits_that_the_sum_lacks(build):
     free = settle(Relaxed(build("toy")))
-    product, added = (settle(Relaxed(build("toy"), groups="tensor", penalty=p)) for p in ("product", "sum"))
+    product, added = (
+        settle(Relaxed(build("toy"), groups="tensor", penalty=p)) for p in ("product", "sum")
+    )
     elementwise = free.expected_l0().item()
     for relaxed in (product, added):
         with torch.no_grad():
             relaxed.log_alpha_group.fill_(1e4)
-    assert product.expected_l0().item() == pytest.approx(elementwise, rel=1e-6)  # groups open: unstructured
+    assert product.expected_l0().item() == pytest.approx(
+        elementwise, rel=1e-6
+    )  # groups open: unstructured
     for relaxed in (product, added):
         with torch.no_grad():
             relaxed.log_alpha_group.fill_(-1e4)
     assert product.expected_l0().item() == 0.0  # groups closed: nothing is open
-    assert added.expected_l0().item() == pytest.approx(elementwise, rel=1e-6)  # and the sum still counts all
+    assert added.expected_l0().item() == pytest.approx(
+        elementwise, rel=1e-6
+    )  # and the sum still counts all
     assert all(not delta.any() for delta in product.eval().differences().values())
 
 
@@ -156,7 +176,9 @@ def test_project_takes_the_k_largest_differences_under_deterministic_gates(build
     assert relaxed.training
     assert not relaxed.model.training
     every = torch.cat([d.abs().flatten() for d in delta.values()])
-    chosen = torch.cat([delta[name].abs().flatten()[index] for name, index in selection.indices.items()])
+    chosen = torch.cat(
+        [delta[name].abs().flatten()[index] for name, index in selection.indices.items()]
+    )
     assert selection.count == 20
     assert torch.equal(chosen.sort().values, every.sort().values[-20:])
     assert all(torch.equal(delta[n], d) for n, d in relaxed.eval().differences().items())
@@ -166,7 +188,9 @@ def test_too_few_open_differences_raise(build):
     relaxed = Relaxed(build("toy"))
     with torch.no_grad():
         relaxed.w[0][0, :3] = 1.0
-    with pytest.raises(ValueError, match="asks for 4 weights, but only 3 differences passed their gates"):
+    with pytest.raises(
+        ValueError, match="asks for 4 weights, but only 3 differences passed their gates"
+    ):
         relaxed.project(4)
 
 
@@ -185,7 +209,9 @@ def test_bad_options_raise_and_the_model_is_as_it_was(build, options, message):
     before = sl.snapshot(model)
     with pytest.raises(ValueError, match=message):
         Relaxed(model, **options)
-    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )
 
 
 def sequential():
@@ -200,7 +226,10 @@ def cross_entropy(model, batch):
 def points(count=4):
     generator = torch.Generator().manual_seed(2)
     return [
-        {"x": torch.randn(8, 6, generator=generator), "labels": torch.randint(0, 3, (8,), generator=generator)}
+        {
+            "x": torch.randn(8, 6, generator=generator),
+            "labels": torch.randint(0, 3, (8,), generator=generator),
+        }
         for _ in range(count)
     ]
 
@@ -220,7 +249,9 @@ def points(count=4):
 )
 def test_exactly_k_weights_differ_at_the_end(build, batches, kind, groups, penalty):
     model = sequential() if kind == "sequential" else build(kind)
-    data, loss = (points(), cross_entropy) if kind == "sequential" else (batches(kind, 4), sl.model_loss)
+    data, loss = (
+        (points(), cross_entropy) if kind == "sequential" else (batches(kind, 4), sl.model_loss)
+    )
     before, keys = sl.snapshot(model), list(model.state_dict())
     method = diff_pruning(model, 25, epochs=(3, 1), groups=groups, penalty=penalty, **ON_THE_WAY)
     records = sl.fit(model, method, data, loss=loss)
@@ -234,12 +265,20 @@ def test_exactly_k_weights_differ_at_the_end(build, batches, kind, groups, penal
     assert records[-1]["penalty"] == 0
 
 
-def test_the_model_is_theta0_throughout_the_relaxed_phase_and_groups_have_their_rates(build, batches):
+def test_the_model_is_theta0_throughout_the_relaxed_phase_and_groups_have_their_rates(
+    build, batches
+):
     model = build("bert")
     before = sl.snapshot(model)
-    method = diff_pruning(model, 25, lr_w=1e-3, lr=2e-3, lr_alpha=0.3, lr_head=4e-3, epochs=(1, 1), groups="tensor")
+    method = diff_pruning(
+        model, 25, lr_w=1e-3, lr=2e-3, lr_alpha=0.3, lr_head=4e-3, epochs=(1, 1), groups="tensor"
+    )
     relaxed = next(method)
-    rates = {id(p): (group["lr"], group.get("schedule")) for group in relaxed.groups for p in group["params"]}
+    rates = {
+        id(p): (group["lr"], group.get("schedule"))
+        for group in relaxed.groups
+        for p in group["params"]
+    }
     assert {rates.pop(id(p)) for p in relaxed.model.w} == {(1e-3, None)}
     gates = [*relaxed.model.log_alpha, relaxed.model.log_alpha_group]
     assert {rates.pop(id(p)) for p in gates} == {(0.3, sl.constant)}
@@ -268,14 +307,17 @@ def test_too_strong_a_penalty_raises_and_leaves_theta0(build, batches):
                 log_alpha.fill_(-10.0)
         yield from method
 
-    with pytest.raises(ValueError, match="only 0 differences passed their gates: the penalty was too strong"):
+    with pytest.raises(
+        ValueError, match="only 0 differences passed their gates: the penalty was too strong"
+    ):
         sl.fit(model, phases(), batches("bert", 2))
     assert all(torch.equal(before[name], p) for name, p in sl.weights(model).items())
     assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(
-    ("budget", "error"), [(True, TypeError), (0, ValueError), (1.5, ValueError), (10**9, ValueError)]
+    ("budget", "error"),
+    [(True, TypeError), (0, ValueError), (1.5, ValueError), (10**9, ValueError)],
 )
 def test_a_bad_budget_raises_before_a_step(build, batches, budget, error):
     model = build("toy")

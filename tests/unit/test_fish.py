@@ -12,10 +12,19 @@ RATES = {"lr": 0.02, "epochs": 2}
 def test_the_score_uses_the_first_samples_and_no_others(build, batches):
     model, data = build("toy"), batches("toy", 4)  # of 3 samples each
     four = [data[0], {key: value[:1] for key, value in data[1].items()}]
-    for fisher, score in (("empirical", sl.squared_gradient), ("expected", sl.expected_squared_gradient)):
-        found, expected = fisher_information(model, data, samples=4, fisher=fisher), score(model, four)
+    for fisher, score in (
+        ("empirical", sl.squared_gradient),
+        ("expected", sl.expected_squared_gradient),
+    ):
+        found, expected = (
+            fisher_information(model, data, samples=4, fisher=fisher),
+            score(model, four),
+        )
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    every, all_of_them = fisher_information(model, data), sl.squared_gradient(model, data)  # 12 are fewer than 1,024
+    every, all_of_them = (
+        fisher_information(model, data),
+        sl.squared_gradient(model, data),
+    )  # 12 are fewer than 1,024
     assert all(torch.equal(every[name], all_of_them[name]) for name in every)
 
     def endless():
@@ -35,10 +44,16 @@ def test_the_three_fishers_are_the_three_scores(build, batches):
     }
     name = "bert.pooler.dense.weight"
     for fisher, score in expected.items():
-        assert torch.equal(fisher_information(model, data, fisher=fisher, seed=3)[name], score[name])
-        ignores = torch.equal(fisher_information(model, others, fisher=fisher, seed=3)[name], score[name])
+        assert torch.equal(
+            fisher_information(model, data, fisher=fisher, seed=3)[name], score[name]
+        )
+        ignores = torch.equal(
+            fisher_information(model, others, fisher=fisher, seed=3)[name], score[name]
+        )
         assert ignores == (fisher != "empirical")  # the model's own labels need no given ones
-    assert not torch.allclose(expected["sampled"][name], expected["expected"][name], rtol=0.01, atol=0)
+    assert not torch.allclose(
+        expected["sampled"][name], expected["expected"][name], rtol=0.01, atol=0
+    )
 
 
 def test_the_loss_is_the_one_given(build, batches):
@@ -66,7 +81,9 @@ def test_exactly_k_weights_and_the_head_are_trained(build, batches, kind, fisher
     model, data = build(kind), batches(kind, 3)
     before, keys = sl.snapshot(model), list(model.state_dict())
     expected = fish_mask(fisher_information(model, data, samples=5, fisher=fisher, seed=1), 25)
-    method = fish(model, 25, data, samples=5, fisher=fisher, seed=1, lr_head=0.01, weight_decay=0.1, **RATES)
+    method = fish(
+        model, 25, data, samples=5, fisher=fisher, seed=1, lr_head=0.01, weight_decay=0.1, **RATES
+    )
     records = sl.fit(model, method, data)
 
     assert [r["phase"] for r in records] == ["FISH"] * 6
@@ -83,14 +100,19 @@ def test_a_causal_language_model_is_scored_with_its_given_labels(build, batches)
     before = sl.snapshot(model)
     sl.fit(model, fish(model, 0.01, data, **RATES), data)
     total = sum(p.numel() for p in model.parameters())
-    assert sum(int((p != before[name]).sum()) for name, p in model.named_parameters()) == round(0.01 * total)
+    assert sum(int((p != before[name]).sum()) for name, p in model.named_parameters()) == round(
+        0.01 * total
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_rates_decay_and_epochs_reach_the_phase(build, batches):
     model, data = build("toy"), batches("toy", 1)
     (phase,) = fish(model, 9, data, lr=0.1, lr_head=0.2, epochs=3, weight_decay=0.3)
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(0.1, 0.3), (0.2, 0.3)]
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
+        (0.1, 0.3),
+        (0.2, 0.3),
+    ]
     assert phase.epochs == 3
     assert phase.selection.count == 9
 
@@ -134,8 +156,14 @@ def test_bad_input_raises_and_the_model_is_as_it_was(build, batches, options, er
     before = sl.snapshot(model)
     arguments = {"budget": 9, "batches": batches("toy", 1), **RATES, **options}
     with pytest.raises(error, match=message):
-        sl.fit(model, fish(model, arguments.pop("budget"), arguments.pop("batches"), **arguments), batches("toy", 1))
-    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+        sl.fit(
+            model,
+            fish(model, arguments.pop("budget"), arguments.pop("batches"), **arguments),
+            batches("toy", 1),
+        )
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )
     assert all(module.training for module in model.modules())
 
 

@@ -19,8 +19,22 @@ from selective_lite.methods.freezing import depths, last_layers, layerwise_rates
                 "bert.pooler.dense.weight": 3,
             },
         ),
-        ("llama", {"model.embed_tokens.weight": 0, "model.layers.1.mlp.up_proj.weight": 2, "model.norm.weight": 3}),
-        ("gpt2", {"transformer.wpe.weight": 0, "transformer.h.0.ln_1.weight": 1, "transformer.ln_f.bias": 3}),
+        (
+            "llama",
+            {
+                "model.embed_tokens.weight": 0,
+                "model.layers.1.mlp.up_proj.weight": 2,
+                "model.norm.weight": 3,
+            },
+        ),
+        (
+            "gpt2",
+            {
+                "transformer.wpe.weight": 0,
+                "transformer.h.0.ln_1.weight": 1,
+                "transformer.ln_f.bias": 3,
+            },
+        ),
     ],
 )
 def test_depth_counts_from_the_embeddings_to_what_follows_the_last_block(build, kind, places):
@@ -34,7 +48,9 @@ def test_the_last_layers_train_and_the_first_are_frozen(build):
     model = build("bert")
     counts = last_layers(model, 1).per_tensor()
     assert {name for name, count in counts.items() if count} == {
-        name for name in sl.weights(model) if name.startswith(("bert.encoder.layer.1.", "bert.pooler."))
+        name
+        for name in sl.weights(model)
+        if name.startswith(("bert.encoder.layer.1.", "bert.pooler."))
     }
     assert all(count in (0, model.get_parameter(name).numel()) for name, count in counts.items())
     with pytest.raises(ValueError, match=r"count=3 is outside \[1, 2\]"):
@@ -62,7 +78,9 @@ def test_frozen_weights_learn_too_and_are_frozen_again_after_it(build, batches):
     before = frozen.clone()
     sl.fit(model, layerwise_rates(model, lr=0.1, decay=0.5, epochs=1), batches("bert", 1))
     assert not torch.equal(frozen, before)
-    assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [
+        p is not frozen for p in model.parameters()
+    ]
 
 
 def test_bad_decay_and_a_model_without_blocks_raise(build):

@@ -79,7 +79,9 @@ def test_with_beta_one_and_a_symmetric_stretch_the_open_probability_is_a_sigmoid
     torch.testing.assert_close(found, log_alpha.sigmoid())
 
 
-@pytest.mark.parametrize("stretch", [(0.0, 1.1), (0.1, 1.1), (-0.1, 1.0), (-0.1, 0.9), (1.5, -1.5), (float("nan"), 2)])
+@pytest.mark.parametrize(
+    "stretch", [(0.0, 1.1), (0.1, 1.1), (-0.1, 1.0), (-0.1, 0.9), (1.5, -1.5), (float("nan"), 2)]
+)
 @pytest.mark.parametrize(
     "call",
     [
@@ -111,7 +113,9 @@ def test_the_module_samples_in_training_and_is_deterministic_in_evaluation(devic
     assert torch.equal(draws[0], sl.hard_concrete(gate.log_alpha, u, beta=0.5, stretch=(-0.5, 1.5)))
     gate.eval()
     assert torch.equal(gate(), sl.deterministic_gate(gate.log_alpha, stretch=(-0.5, 1.5)))
-    assert gate.expected_l0().item() == pytest.approx(20 / (1 + math.exp(-0.3 + 0.5 * math.log(1 / 3))))
+    assert gate.expected_l0().item() == pytest.approx(
+        20 / (1 + math.exp(-0.3 + 0.5 * math.log(1 / 3)))
+    )
 
 
 @pytest.mark.usefixtures("meta_default")

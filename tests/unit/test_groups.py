@@ -10,7 +10,9 @@ from selective_lite.methods.diff_pruning.groups import by_head, by_layer, by_ten
 
 def spread(groups, model):
     """Group ids in the weights' own shapes."""
-    return {name: torch.broadcast_to(groups[name], p.shape) for name, p in sl.weights(model).items()}
+    return {
+        name: torch.broadcast_to(groups[name], p.shape) for name, p in sl.weights(model).items()
+    }
 
 
 @pytest.mark.parametrize("grouping", [by_tensor, by_layer, by_head])
@@ -41,7 +43,9 @@ def test_by_layer_joins_a_block_and_nothing_else(build):
 
 
 def test_layers_of_two_stacks_are_apart():
-    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2)), "decoder": nn.Sequential(nn.Linear(2, 2))})
+    model = nn.ModuleDict(
+        {"encoder": nn.Sequential(nn.Linear(2, 2)), "decoder": nn.Sequential(nn.Linear(2, 2))}
+    )
     groups = by_layer(model, sl.weights(model))
     assert groups["encoder.0.weight"] == groups["encoder.0.bias"] != groups["decoder.0.weight"]
 
@@ -51,7 +55,9 @@ def _heads_that_change(model, batch, change):
     seen = []
     outputs = ("attention.output.dense", "self_attn.o_proj")
     module = next(m for n, m in model.named_modules() if n.endswith(outputs))
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    hook = module.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach().clone())
+    )
     with torch.no_grad():
         model(**batch)
         change()
@@ -65,8 +71,16 @@ def _heads_that_change(model, batch, change):
 @pytest.mark.parametrize(
     ("kind", "projection", "output"),
     [
-        ("bert", "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.output.dense"),
-        ("bert", "bert.encoder.layer.0.attention.self.value", "bert.encoder.layer.0.attention.output.dense"),
+        (
+            "bert",
+            "bert.encoder.layer.0.attention.self.query",
+            "bert.encoder.layer.0.attention.output.dense",
+        ),
+        (
+            "bert",
+            "bert.encoder.layer.0.attention.self.value",
+            "bert.encoder.layer.0.attention.output.dense",
+        ),
         ("llama", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"),
     ],
 )

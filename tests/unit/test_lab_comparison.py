@@ -35,9 +35,12 @@ def test_a_summary_has_the_mean_and_the_range_over_seeds():
 
 
 def test_verdicts_follow_the_paired_interval():
-    forest = comparison.paired(ROWS, NAMES, [("ours", "full"), ("ours", "random"), ("random", "ours")])
+    forest = comparison.paired(
+        ROWS, NAMES, [("ours", "full"), ("ours", "random"), ("random", "ours")]
+    )
     assert [
-        line.rsplit(":", 1)[0] + line.split(":")[1].split(",")[0] for line in comparison.sentences(forest).splitlines()
+        line.rsplit(":", 1)[0] + line.split(":")[1].split(",")[0]
+        for line in comparison.sentences(forest).splitlines()
     ] == [
         "Ours 10.00% \u2212 full not distinguishable",
         "Ours 1.00% \u2212 full worse",
@@ -81,7 +84,11 @@ def test_runs_without_a_common_seed_are_refused():
 
 
 def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
-    monkeypatch.setattr(comparison, "read", lambda name: [dict(r, majority=0.5) for r in ROWS] if name == "toy" else [])
+    monkeypatch.setattr(
+        comparison,
+        "read",
+        lambda name: [dict(r, majority=0.5) for r in ROWS] if name == "toy" else [],
+    )
     monkeypatch.setattr(comparison, "stale", lambda rows: [])
     drawn = []
     monkeypatch.setattr(comparison, "draw", lambda ax, rows, names: drawn.append(rows))
@@ -98,7 +105,9 @@ def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
 
 def test_a_forest_draws_and_says_every_difference(monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(comparison.plots, "interval", lambda ax, rows, unit: drawn.append((rows, unit)))
+    monkeypatch.setattr(
+        comparison.plots, "interval", lambda ax, rows, unit: drawn.append((rows, unit))
+    )
     differences = comparison.paired(ROWS, NAMES, [("ours", "full"), ("ours", "random")])
     comparison.forest(iter(differences))
     assert drawn == [(differences, "points")]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from selective_lite.lab import evaluate
-from selective_lite.lab.digits import Images, digit_classifier, inverted, load_digits, noisy, relabelled, rotated
+from selective_lite.lab.digits import (
+    Images,
+    digit_classifier,
+    inverted,
+    load_digits,
+    noisy,
+    relabelled,
+    rotated,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +53,13 @@ def test_every_digit_is_in_every_split(digits):
         assert images.labels.bincount(minlength=10).min() > 0.06 * len(images)
 
 
-@pytest.mark.parametrize("sizes", [{"train": 0}, {"validation": -1}, {"pretrain": 4000}, {"train": 2000}])
+@pytest.mark.parametrize(
+    "sizes", [{"train": 0}, {"validation": -1}, {"pretrain": 4000}, {"train": 2000}]
+)
 def test_a_split_without_images_raises(sizes):
-    with pytest.raises(ValueError, match=r"leave -?\d+ of 5000 images for the test split; give at least 1 to each"):
+    with pytest.raises(
+        ValueError, match=r"leave -?\d+ of 5000 images for the test split; give at least 1 to each"
+    ):
         load_digits(place="cpu", **sizes)
 
 
@@ -108,7 +120,9 @@ def test_labels_get_other_names_and_the_images_stay(few):
     found = relabelled(few, [0, 1] * 5)
     assert torch.equal(found.labels, few.labels % 2)
     assert found.pixels is few.pixels
-    with pytest.raises(ValueError, match="names holds 3 labels; give one for each of the 10 digits"):
+    with pytest.raises(
+        ValueError, match="names holds 3 labels; give one for each of the 10 digits"
+    ):
         relabelled(few, [0, 1, 2])
 
 

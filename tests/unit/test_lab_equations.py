@@ -9,7 +9,12 @@ from selective_lite.lab.equations import check
 
 def test_one_line_names_the_error_and_every_failing_variant(capsys):
     left = torch.tensor([0.5, 1.0], requires_grad=True)
-    check("eq-stretch", left, np.array([0.5, 1.0 + 1e-7]), {"not clamped": [0.5, 1.42], "no beta": [0.25, 1.0]})
+    check(
+        "eq-stretch",
+        left,
+        np.array([0.5, 1.0 + 1e-7]),
+        {"not clamped": [0.5, 1.42], "no beta": [0.25, 1.0]},
+    )
     assert capsys.readouterr().out == (
         "eq-stretch holds: max error 1e-07; fails when not clamped (0.42); no beta (0.25)\n"
     )

@@ -37,13 +37,23 @@ def _links(widget):
     """Pairs (control, trait, target, trait) joined in the state that the built page carries."""
     inside = {f"IPY_MODEL_{w.model_id}": w for w in _inside(widget)}
     models = widgets.Widget.get_manager_state()["state"].values()
-    ends = [(*m["state"]["source"], *m["state"]["target"]) for m in models if m["model_name"] == "LinkModel"]
-    return [(inside[a], trait, inside[b], other) for a, trait, b, other in ends if a in inside and b in inside]
+    ends = [
+        (*m["state"]["source"], *m["state"]["target"])
+        for m in models
+        if m["model_name"] == "LinkModel"
+    ]
+    return [
+        (inside[a], trait, inside[b], other)
+        for a, trait, b, other in ends
+        if a in inside and b in inside
+    ]
 
 
 def test_controls_are_linked_to_their_frames_in_the_browser():
     axes = {"a": [("low", _figure()), ("high", _figure(1))], "b": [("one", _figure())]}
-    widget = explorer("Two axes", axes, lambda axis, label: f"the picture of {axis} at {label}", {"a": 1})
+    widget = explorer(
+        "Two axes", axes, lambda axis, label: f"the picture of {axis} at {label}", {"a": 1}
+    )
     frames = _frames(widget)
     assert [re.search('alt="([^"]+)"', f)[1] for f in frames] == [
         "the picture of a at low",
@@ -51,7 +61,9 @@ def test_controls_are_linked_to_their_frames_in_the_browser():
         "the picture of b at one",
     ]
     assert "a = high" in frames[1]
-    names = sorted((type(s).__name__, trait, type(t).__name__, other) for s, trait, t, other in _links(widget))
+    names = sorted(
+        (type(s).__name__, trait, type(t).__name__, other) for s, trait, t, other in _links(widget)
+    )
     assert names == [("Dropdown", "index", "Stack", "selected_index")] + 2 * [
         ("IntSlider", "value", "Stack", "selected_index")
     ]
@@ -64,7 +76,9 @@ def test_controls_are_linked_to_their_frames_in_the_browser():
 def test_without_stack_the_kernel_turns_the_pages(monkeypatch):
     monkeypatch.delattr(widgets, "Stack")
     presets = [(str(i), _figure(i)) for i in range(3)]
-    widget = explorer("Old widgets", {"x": presets}, {"x": [f"a line that ends at {i}" for i in range(3)]})
+    widget = explorer(
+        "Old widgets", {"x": presets}, {"x": [f"a line that ends at {i}" for i in range(3)]}
+    )
     slider = next(w for w in _inside(widget) if isinstance(w, widgets.IntSlider))
     slider.value = 2
     assert [re.search("ends at .", f)[0] for f in _frames(widget)] == ["ends at 2"]
@@ -91,17 +105,23 @@ def test_density_agrees_with_the_gates(log_alpha, beta, left, right):
     at = (log_alpha, beta, left, right)
     x = np.linspace(left, right, 13)[1:-1]
     step = 1e-6
-    slope = (explorers.stretched_cdf(x + step, *at) - explorers.stretched_cdf(x - step, *at)) / (2 * step)
+    slope = (explorers.stretched_cdf(x + step, *at) - explorers.stretched_cdf(x - step, *at)) / (
+        2 * step
+    )
     np.testing.assert_allclose(explorers.stretched_density(x, *at), slope, rtol=1e-5)
     zero, one = explorers.point_masses(*at)
     location = torch.tensor(log_alpha, dtype=torch.float64, device="cpu")
     stretch = (left, right)
-    assert 1 - zero == pytest.approx(float(open_probability(location, beta=beta, stretch=stretch)), abs=1e-6)
+    assert 1 - zero == pytest.approx(
+        float(open_probability(location, beta=beta, stretch=stretch)), abs=1e-6
+    )
     u = (torch.arange(100_000, dtype=torch.float64, device="cpu") + 0.5) / 100_000
     z = hard_concrete(location.expand_as(u), u, beta=beta, stretch=stretch)
     assert float((z == 0).double().mean()) == pytest.approx(zero, abs=2e-5)
     assert float((z == 1).double().mean()) == pytest.approx(one, abs=2e-5)
-    assert float((z <= 0.3).double().mean()) == pytest.approx(float(explorers.stretched_cdf(0.3, *at)), abs=2e-5)
+    assert float((z <= 0.3).double().mean()) == pytest.approx(
+        float(explorers.stretched_cdf(0.3, *at)), abs=2e-5
+    )
 
 
 def test_density_explorer_moves_along_four_axes():
@@ -112,7 +132,11 @@ def test_density_explorer_moves_along_four_axes():
     assert all(s.max + 1 <= explorers.MAX_FRAMES for s in sliders.values())
     assert max(map(len, _frames(widget))) <= explorers.FRAME_BYTES
     # All axes start at the same gate, so they start with the same sentence.
-    stacks = [w for w in _inside(widget) if isinstance(w, widgets.Stack) and isinstance(w.children[0], widgets.HTML)]
+    stacks = [
+        w
+        for w in _inside(widget)
+        if isinstance(w, widgets.Stack) and isinstance(w.children[0], widgets.HTML)
+    ]
     starts = {re.search('alt="([^"]+)"', s.children[s.selected_index].value)[1] for s in stacks}
     zero, one = explorers.point_masses(**explorers.DENSITY_BASE)
     assert len(starts) == 1
@@ -127,8 +151,14 @@ def test_density_explorer_refuses_an_impossible_gate():
 
 def test_budget_explorer_takes_scores_or_selections():
     generator = torch.Generator(device="cpu").manual_seed(0)
-    shapes = {"embeddings.weight": (50, 8), "layer.0.query.weight": (8, 8), "layer.1.intermediate.weight": (8, 32)}
-    scores = {name: torch.rand(shape, generator=generator, device="cpu") for name, shape in shapes.items()}
+    shapes = {
+        "embeddings.weight": (50, 8),
+        "layer.0.query.weight": (8, 8),
+        "layer.1.intermediate.weight": (8, 32),
+    }
+    scores = {
+        name: torch.rand(shape, generator=generator, device="cpu") for name, shape in shapes.items()
+    }
     scores["layer.0.query.weight"] += 1  # all of it comes first
     frames = _frames(explorers.budget_explorer(scores, budgets=(0.05, 64, 0.5)))
     assert [re.search("<strong>(.*?)</strong>", f)[1] for f in frames] == [
@@ -148,11 +178,15 @@ def test_leak_explorer_counts_only_unselected_weights():
     naive[1:, 2, 3] = 0.25
     naive[:, 0, 0] = [0, 1, 2]
     compact = np.where(selected, naive, 7.0)
-    widget = explorers.leak_explorer({"naive": naive, "compact": compact}, selected, steps=[0, 10, 20])
+    widget = explorers.leak_explorer(
+        {"naive": naive, "compact": compact}, selected, steps=[0, 10, 20]
+    )
     texts = [re.search('alt="([^"]+)"', f)[1] for f in _frames(widget)]
     assert texts[0].endswith("after 0 steps: naive, no change; compact, no change.")
     assert texts[1].endswith("after 10 steps: naive, largest change 2.5e-01; compact, no change.")
-    causes = explorers.leak_explorer({"decay": {"naive": naive}, "momentum": {"naive": compact}}, selected)
+    causes = explorers.leak_explorer(
+        {"decay": {"naive": naive}, "momentum": {"naive": compact}}, selected
+    )
     assert [w.options for w in _inside(causes) if isinstance(w, widgets.Dropdown)] == [
         ("step (decay)", "step (momentum)")
     ]

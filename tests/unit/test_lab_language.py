@@ -35,14 +35,20 @@ class Table(nn.Module):
 
 def split(*tokens):
     texts = ["" for _ in tokens]
-    return Sequences(texts, [0] * len(texts), texts, list(map(list, tokens)), 0, torch.device("cpu"))
+    return Sequences(
+        texts, [0] * len(texts), texts, list(map(list, tokens)), 0, torch.device("cpu")
+    )
 
 
 def test_a_text_costs_the_logarithm_of_its_probability():
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     probability = table.softmax(-1)
-    texts = ((1, 2, 3), (1, 4), (1, 0, 0, 2))  # 0 is padding too, and a token like any other where it is no padding
+    texts = (
+        (1, 2, 3),
+        (1, 4),
+        (1, 0, 0, 2),
+    )  # 0 is padding too, and a token like any other where it is no padding
     cost, tokens = bits(Table(table), split(*texts), batch_size=2)
     expected = [math.prod(float(probability[a, b]) for a, b in pairwise(t)) for t in texts]
     assert cost.tolist() == pytest.approx([-math.log2(p) for p in expected], rel=1e-6)
@@ -77,7 +83,9 @@ def test_the_interval_is_that_of_a_mean_where_texts_are_many_and_covers_seeds():
     noise = generator.normal(size=(1, 400))
     _, low, high = saved(noise * 0, -noise, tokens)
     assert high - low == pytest.approx(2 * 1.96 * noise.std() / math.sqrt(400) / 10, rel=0.1)
-    runs = np.stack([np.zeros(400), np.full(400, 10.0)])  # one seed saves nothing, the other a bit a token
+    runs = np.stack(
+        [np.zeros(400), np.full(400, 10.0)]
+    )  # one seed saves nothing, the other a bit a token
     assert saved(runs * 0, -runs, tokens) == (0.5, 0.0, 1.0)
 
 

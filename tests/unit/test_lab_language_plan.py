@@ -46,7 +46,10 @@ def test_the_shipped_delta_is_its_row_s():
     assert (language_plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
     delta = sl.load(file)
     assert delta.count == row["trained"]
-    places = {**{n: len(i) for n, i in delta.positions.items()}, **{n: t.numel() for n, t in delta.dense.items()}}
+    places = {
+        **{n: len(i) for n, i in delta.positions.items()},
+        **{n: t.numel() for n, t in delta.dense.items()},
+    }
     assert places == {name: count for name, count in row["per_tensor"].items() if count}
 
 

@@ -82,12 +82,17 @@ def tiny(accelerator, monkeypatch):
 
     def start(config_):
         torch.manual_seed(0)
-        task = Task("tiny", split(slice(0, 8)), split(slice(8, 16)), split(slice(16, 24)), majority=0.5)
+        task = Task(
+            "tiny", split(slice(0, 8)), split(slice(8, 16)), split(slice(16, 24)), majority=0.5
+        )
         return BertForSequenceClassification(config).to(accelerator), task
 
     def read(name):
         counts = {name: min(3, p.numel()) for name, p in weights(start(None)[0]).items()}
-        return [{"config": {**SMALL, "method": m, "budget": 0.005}, "per_tensor": counts} for m in SHUFFLED]
+        return [
+            {"config": {**SMALL, "method": m, "budget": 0.005}, "per_tensor": counts}
+            for m in SHUFFLED
+        ]
 
     monkeypatch.setattr(experiments, "start", start)
     monkeypatch.setattr(results, "read", read)
@@ -97,7 +102,11 @@ def tiny(accelerator, monkeypatch):
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_of_the_plan_runs_on_a_gpu(method):
-    config = {**SMALL, "method": method, "budget": next(budget for name, budget in plan.GRIDS if name == method)}
+    config = {
+        **SMALL,
+        "method": method,
+        "budget": next(budget for name, budget in plan.GRIDS if name == method),
+    }
     row = experiments.run({**config, "lr": 1e-3})
     assert row["tested"] == 8
     assert all(math.isfinite(loss) for loss in (row["loss"], *row["first_losses"]))
@@ -116,15 +125,21 @@ def test_the_larger_profile_runs_every_method_on_every_domain_with_every_seed(mo
     monkeypatch.setattr(
         results,
         "read",
-        lambda name: [{"config": c, "validation": best_in_the_middle[: len(c["grid"])]} for c in ran[name]],
+        lambda name: [
+            {"config": c, "validation": best_in_the_middle[: len(c["grid"])]} for c in ran[name]
+        ],
     )
     plan.everything(plan.LARGE, DOMAINS)
     rows = [(c["task"], c["method"], c["budget"], c["seed"]) for c in ran[plan.LARGE]]
     assert len(rows) == len(set(rows))
-    assert set(rows) == {(task, *cell, seed) for task in DOMAINS for cell in plan.GRIDS for seed in plan.SEEDS}
+    assert set(rows) == {
+        (task, *cell, seed) for task in DOMAINS for cell in plan.GRIDS for seed in plan.SEEDS
+    }
     assert all(c["lr"] == plan.GRIDS[c["method"], c["budget"]][1] for c in ran[plan.LARGE])
     plan.everything(plan.NAME, DOMAINS[:1])
-    once = {c["method"] for c in ran[plan.NAME]} - {c["method"] for c in ran[plan.NAME] if c["seed"]}
+    once = {c["method"] for c in ran[plan.NAME]} - {
+        c["method"] for c in ran[plan.NAME] if c["seed"]
+    }
     assert once == set(plan.ONE_SEED)
 
 

@@ -165,14 +165,24 @@ def test_where_counts_by_layer_and_kind():
     rows, columns, fractions = plots.where(selection)
     assert (rows, columns) == (["before", "1", "after"], ["embed", "query", "other", "norm, bias"])
     none = np.nan
-    np.testing.assert_allclose(fractions, [[0.01, none, none, none], [none, 0.5, none, 0.25], [none, none, 0.0, none]])
+    np.testing.assert_allclose(
+        fractions, [[0.01, none, none, none], [none, 0.5, none, 0.25], [none, none, 0.0, none]]
+    )
     fig = plots.where_selected(selection)
     assert sorted(text.get_text() for text in fig.axes[0].texts) == ["0", "1.0", "25", "50"]
 
 
 @pytest.mark.parametrize(
     ("fraction", "text"),
-    [(0, "0"), (1, "100"), (0.0996, "10"), (0.0512, "5.1"), (0.005, "0.50"), (0.0001, "0.010"), (1e-6, "<0.001")],
+    [
+        (0, "0"),
+        (1, "100"),
+        (0.0996, "10"),
+        (0.0512, "5.1"),
+        (0.005, "0.50"),
+        (0.0001, "0.010"),
+        (1e-6, "<0.001"),
+    ],
 )
 def test_percent_is_short(fraction, text):
     assert plots.percent(fraction) == text

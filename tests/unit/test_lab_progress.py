@@ -10,9 +10,10 @@ import pytest
 from selective_lite.lab import progress
 from selective_lite.lab.progress import History, track
 
-RECORDS = [{"phase": "relaxed", "step": i, "loss": 1.0 - 0.01 * i, "penalty": 2.0 - 0.02 * i} for i in range(60)] + [
-    {"phase": "fixed", "step": 60 + i, "loss": 0.3, "penalty": 0.0, "kept": 5} for i in range(20)
-]
+RECORDS = [
+    {"phase": "relaxed", "step": i, "loss": 1.0 - 0.01 * i, "penalty": 2.0 - 0.02 * i}
+    for i in range(60)
+] + [{"phase": "fixed", "step": 60 + i, "loss": 0.3, "penalty": 0.0, "kept": 5} for i in range(20)]
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def shown(monkeypatch):
 def test_track_is_silent_where_nobody_watches():
     code = "from selective_lite.lab.progress import track; assert list(track(range(3), 'x')) == [0, 1, 2]"
     environment = {**os.environ, "TQDM_DISABLE": ""}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=environment, text=True, check=False
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 

@@ -103,7 +103,9 @@ def test_an_unknown_root_raises(package):
 def test_a_row_follows_from_its_own_method_and_not_from_the_others(monkeypatch):
     looked_at = []
     real = provenance._used
-    monkeypatch.setattr(provenance, "_used", lambda file, node: looked_at.append((file, node)) or real(file, node))
+    monkeypatch.setattr(
+        provenance, "_used", lambda file, node: looked_at.append((file, node)) or real(file, node)
+    )
 
     def places(method):
         looked_at.clear()
@@ -111,7 +113,12 @@ def test_a_row_follows_from_its_own_method_and_not_from_the_others(monkeypatch):
         return {(file, getattr(node, "name", None)) for file, node in looked_at}
 
     pruned, random = places("unstructured"), places("random")
-    shared = {("training.py", "fit"), ("layers/sampled.py", "_Linear"), ("lab/tasks.py", "Split"), ("selection.py", "select")}
+    shared = {
+        ("training.py", "fit"),
+        ("layers/sampled.py", "_Linear"),
+        ("lab/tasks.py", "Split"),
+        ("selection.py", "select"),
+    }
     assert shared <= pruned & random
     assert ("methods/calibration.py", "Calibration") in pruned - random
     assert ("scores.py", "random_scores") in random - pruned

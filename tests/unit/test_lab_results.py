@@ -70,11 +70,19 @@ def side_by_side(config):
 def test_runs_go_side_by_side_with_one_thread_each_and_late_ones_after_the_others(tmp_path):
     (tmp_path / "started").mkdir()
     first, second = (
-        [{"method": "ours", "round": r, "seed": seed, "folder": str(tmp_path / "started")} for seed in range(2)]
+        [
+            {"method": "ours", "round": r, "seed": seed, "folder": str(tmp_path / "started")}
+            for seed in range(2)
+        ]
         for r in range(2)
     )
     rows = results.run_missing(
-        "toy", second + first, side_by_side, roots, workers=2, late=lambda config: config["round"] == 1
+        "toy",
+        second + first,
+        side_by_side,
+        roots,
+        workers=2,
+        late=lambda config: config["round"] == 1,
     )
     assert [row["config"] for row in rows] == second + first
     assert {row["threads"] for row in rows} == {1}
@@ -91,7 +99,9 @@ def broken(config):
 
 def test_a_worker_that_fails_costs_its_row_alone():
     with pytest.raises(ArithmeticError, match="seed 1"):
-        results.run_missing("toy", CONFIGS, broken, roots, workers=2, late=lambda config: config["seed"] > 0)
+        results.run_missing(
+            "toy", CONFIGS, broken, roots, workers=2, late=lambda config: config["seed"] > 0
+        )
     seeds = {row["config"]["seed"] for row in results.read("toy")}
     assert 0 in seeds
     assert 1 not in seeds
@@ -140,8 +150,9 @@ def test_packed_correctness_comes_back(count):
 
 
 def test_a_paired_difference_on_a_hand_case():
-    # One seed, 400 examples: ours alone is right on 60, theirs alone on 20. The differences have the mean 0.1 and the
-    # variance 0.2 - 0.1^2, so that the interval is close to 0.1 -+ 1.96 sqrt(0.19 / 400).
+    # One seed, 400 examples: ours alone is right on 60, theirs alone on 20. The differences have
+    # the mean 0.1 and the variance 0.2 - 0.1^2, so that the interval is close to 0.1 -+ 1.96
+    # sqrt(0.19 / 400).
     ours, theirs = np.zeros(400, bool), np.zeros(400, bool)
     ours[:60] = theirs[60:80] = True
     ours[200:300] = theirs[200:300] = True
@@ -155,7 +166,8 @@ def test_a_paired_difference_on_a_hand_case():
 def test_pairing_cancels_what_the_runs_share_and_seeds_widen_the_interval():
     right = np.arange(500) % 3 == 0
     assert results.paired_difference([right, right], [right, right]) == (0.0, 0.0, 0.0)
-    # Two seeds that disagree by 0.2: resampling examples alone would give an interval without width.
+    # Two seeds that disagree by 0.2: resampling examples alone would give an interval without
+    # width.
     better = np.ones(500, bool)
     worse = np.zeros(500, bool)
     mean, low, high = results.paired_difference([better, worse], [worse, worse])

@@ -7,7 +7,9 @@ import selective_lite as sl
 from selective_lite.lab import evaluate, load_classifier, load_task, results, shipping
 from selective_lite.lab.tasks import DOMAINS
 
-ROWS = {(row["config"]["method"], row["config"]["task"]): row for row in results.read(shipping.NAME)}
+ROWS = {
+    (row["config"]["method"], row["config"]["task"]): row for row in results.read(shipping.NAME)
+}
 
 
 def test_every_task_has_a_delta_and_a_lora_of_today_s_code():
@@ -33,7 +35,9 @@ def test_a_shipped_file_is_its_row_s_and_answers_as_recorded(task):
         part[:] = [part[i] for i in some]
     with delta.apply(model):
         found = evaluate(model, test)["correct"]
-    assert (found == recorded).float().mean() > 0.99  # an answer on the fence may turn with the machine
+    assert (
+        found == recorded
+    ).float().mean() > 0.99  # an answer on the fence may turn with the machine
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -25,7 +25,9 @@ def test_a_slice_has_the_logits_the_answers_and_the_gradients_of_its_model(build
     assert torch.equal(correct(upper, below), output.logits.argmax(-1) == batch["labels"])
     names = list(sl.weights(upper))
     ours = torch.autograd.grad(loss(upper, below[0]), [upper.get_parameter(name) for name in names])
-    whole = [model.get_parameter("bert." + name.replace("layer.", "encoder.layer.", 1)) for name in names]
+    whole = [
+        model.get_parameter("bert." + name.replace("layer.", "encoder.layer.", 1)) for name in names
+    ]
     for mine, its in zip(ours, torch.autograd.grad(output.loss, whole), strict=True):
         torch.testing.assert_close(mine, its)
 

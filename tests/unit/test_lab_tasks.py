@@ -47,7 +47,9 @@ def test_no_document_is_in_two_splits(name):
     assert not (documents[0] | documents[1]) & documents[2]
 
 
-@pytest.mark.parametrize(("name", "slack"), [("movies", 0), ("tweets", 0), ("products", 60), ("editorials", 60)])
+@pytest.mark.parametrize(
+    ("name", "slack"), [("movies", 0), ("tweets", 0), ("products", 60), ("editorials", 60)]
+)
 def test_sizes_are_as_asked_to_within_the_last_document(name, slack):
     task = load(name)
     assert 300 <= len(task.train) <= 300 + slack
@@ -72,7 +74,11 @@ def test_labels_are_the_sign_of_a_decided_rating():
     task = load("movies")
     labels = [label for split in splits(task) for label in split.labels]
     assert set(labels) == {0, 1}
-    by_text = {text: label for split in splits(task) for text, label in zip(split.texts, split.labels, strict=True)}
+    by_text = {
+        text: label
+        for split in splits(task)
+        for text, label in zip(split.texts, split.labels, strict=True)
+    }
     words = {"dull": 0, "awful": 0, "wonderful": 1, "delightful": 1}
     for word, label in words.items():
         found = [by_text[text] for text in by_text if word in text.lower().split()]
@@ -92,7 +98,11 @@ def test_majority_is_the_accuracy_of_the_commoner_label_on_the_test_split(name):
     [
         ("films", {}, "name='films' is no task; choose one of"),
         ("movies", {"train": 0}, "train=0 and validation=100 must both be at least 1"),
-        ("movies", {"train": 20_000}, "validation is empty: movies has .*; lower train=20000 or validation=100"),
+        (
+            "movies",
+            {"train": 20_000},
+            "validation is empty: movies has .*; lower train=20000 or validation=100",
+        ),
         ("tweets", {"train": 3000, "validation": 3000}, "test is empty: tweets has"),
     ],
 )
@@ -125,7 +135,9 @@ def test_batches_are_sorted_by_length_padded_and_complete(split):
         assert ids.shape[1] == int(mask.sum(1).max())
         assert torch.equal(ids == 0, mask == 0)
         assert torch.equal(batch["labels"], (ids[:, 0] - 1) % 2)
-        rows += [(int(row[0]) - 1, int(length)) for row, length in zip(ids, mask.sum(1), strict=True)]
+        rows += [
+            (int(row[0]) - 1, int(length)) for row, length in zip(ids, mask.sum(1), strict=True)
+        ]
     assert sorted(i for i, _ in rows) == list(range(10))
     assert [length for _, length in rows] == sorted(length for _, length in rows)
     assert all(length == len(split.tokens[i]) for i, length in rows)
@@ -157,13 +169,17 @@ class Parity(nn.Module):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
 def test_evaluation_is_in_the_split_s_order_and_independent_of_the_batch_size(split, batch_size):
-    # Example i has the token i + 1 and the label i % 2; the model answers "label is i % 2", but not for these two.
+    # Example i has the token i + 1 and the label i % 2; the model answers "label is i % 2", but not
+    # for these two.
     split.labels[3], split.labels[6] = 0, 1
     model = Parity().train()
     found = evaluate(model, split, batch_size)
     assert found["correct"].tolist() == [i not in (3, 6) for i in range(10)]
     assert found["accuracy"] == pytest.approx(0.8)
-    right, wrong = (float(nn.functional.cross_entropy(torch.tensor([[4.0, 0.0]]), torch.tensor([i]))) for i in (0, 1))
+    right, wrong = (
+        float(nn.functional.cross_entropy(torch.tensor([[4.0, 0.0]]), torch.tensor([i])))
+        for i in (0, 1)
+    )
     assert found["loss"] == pytest.approx(0.8 * right + 0.2 * wrong)
     assert model.training
 
@@ -185,7 +201,11 @@ def test_the_language_model_is_read_from_its_quantized_file_and_speaks():
     from selective_lite.lab import load_language_model
 
     model, tokenizer = load_language_model()
-    assert (model.training, model.dtype, model.config.tie_word_embeddings) == (False, torch.float32, True)
+    assert (model.training, model.dtype, model.config.tie_word_embeddings) == (
+        False,
+        torch.float32,
+        True,
+    )
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
     said = model.generate(**ids, max_new_tokens=2, do_sample=False)

@@ -11,12 +11,16 @@ from selective_lite.lab import ledgers
 from selective_lite.methods.diff_pruning import Relaxed
 
 
-def test_masked_adamw_holds_twelve_bytes_and_little_more_for_a_selected_weight(build, batches, pick):
+def test_masked_adamw_holds_twelve_bytes_and_little_more_for_a_selected_weight(
+    build, batches, pick
+):
     model = build("bert")
     weights = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     selection = sl.select(sl.random_scores(model, 0), 0.5)
-    partly = sum(len(i) for n, i in selection.indices.items() if len(i) < model.get_parameter(n).numel())
+    partly = sum(
+        len(i) for n, i in selection.indices.items() if len(i) < model.get_parameter(n).numel()
+    )
     with sl.masked(model, selection) as training:
         optimizer = torch.optim.AdamW(training.parameters())
         model(**batches("bert", 1)[0]).loss.backward()
@@ -37,7 +41,12 @@ def test_dense_adamw_holds_twelve_bytes_for_every_weight():
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 50)).sum().backward()
     optimizer.step()
-    assert sl.ledger(model, optimizer) == {"weights": 8160, "gradients": 8160, "optimizer": 16328, "index": 0}
+    assert sl.ledger(model, optimizer) == {
+        "weights": 8160,
+        "gradients": 8160,
+        "optimizer": 16328,
+        "index": 0,
+    }
 
 
 def test_tied_weights_count_once_and_nothing_is_counted_before_a_step(build):
@@ -45,18 +54,29 @@ def test_tied_weights_count_once_and_nothing_is_counted_before_a_step(build):
     total = sum(p.numel() for p in model.parameters())
     buffers = {b.data_ptr(): b.numel() * b.element_size() for b in model.buffers()}
     found = sl.ledger(model, torch.optim.AdamW(model.parameters()))
-    assert found == {"weights": 4 * total + sum(buffers.values()), "gradients": 0, "optimizer": 0, "index": 0}
+    assert found == {
+        "weights": 4 * total + sum(buffers.values()),
+        "gradients": 0,
+        "optimizer": 0,
+        "index": 0,
+    }
     assert sl.ledger(model)["optimizer"] == 0
 
 
 WAYS = ("full", "masked", "LoRA", "Adapter", "gated", "gated by layer")
-OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "momentum": partial(torch.optim.SGD, momentum=0.9)}
+OPTIMIZERS = {
+    "AdamW": torch.optim.AdamW,
+    "SGD": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 def selected(model):
     """A third of the linear weights and of all vectors, but one matrix whole and two rows of another."""
     linear = sl.linear_weights(model)
-    scores = {name: s for name, s in sl.random_scores(model, 0).items() if name in linear or s.dim() == 1}
+    scores = {
+        name: s for name, s in sl.random_scores(model, 0).items() if name in linear or s.dim() == 1
+    }
     selection = sl.select(scores, 0.3)
     whole, rows = (model.get_parameter(name) for name in linear[:2])
     blocks = {linear[0]: torch.arange(whole.numel()), linear[1]: torch.arange(rows[:2].numel())}
@@ -121,8 +141,16 @@ def test_a_model_without_memory_has_the_same_prediction(build):
     ("selection", "dense", "message"),
     [
         (sl.Selection({"absent": torch.tensor([0])}, {"absent": (3,)}), (), "absent"),
-        (sl.Selection({"second.weight": torch.tensor([0])}, {"second.weight": (5, 6)}), (), r"\(5, 6\), not \(5, 7\)"),
-        (sl.Selection({"second.weight": torch.tensor([0])}, {"second.weight": (5, 7)}), ("second",), "dense names it"),
+        (
+            sl.Selection({"second.weight": torch.tensor([0])}, {"second.weight": (5, 6)}),
+            (),
+            r"\(5, 6\), not \(5, 7\)",
+        ),
+        (
+            sl.Selection({"second.weight": torch.tensor([0])}, {"second.weight": (5, 7)}),
+            ("second",),
+            "dense names it",
+        ),
         (None, ("absent",), "dense='absent'"),
     ],
 )
@@ -140,8 +168,11 @@ def test_a_model_in_masked_training_is_not_predicted_for(build, pick):
 def test_activations_are_each_storage_that_backward_needs_once():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     batch = (torch.ones(5, 4), "not a tensor")
-    # tanh's output, which the second layer needs too (5 x 6), and what is squared (5 x 3); not weights, not the batch
-    assert sl.activation_bytes(model, batch, lambda model, batch: model(batch[0]).square().sum()) == 4 * (30 + 15)
+    # tanh's output, which the second layer needs too (5 x 6), and what is squared (5 x 3); not
+    # weights, not the batch
+    assert sl.activation_bytes(
+        model, batch, lambda model, batch: model(batch[0]).square().sum()
+    ) == 4 * (30 + 15)
 
 
 def test_activations_are_those_of_training_and_the_model_is_as_before(build, batches):
@@ -159,7 +190,11 @@ def test_selecting_in_matrices_keeps_what_training_these_whole_keeps_and_no_more
     build, batches, kind
 ):
     model, (batch,) = build(kind), batches(kind, 1)
-    full, names, head = sl.activation_bytes(model, batch), sl.linear_weights(model), sl.head_weights(model)
+    full, names, head = (
+        sl.activation_bytes(model, batch),
+        sl.linear_weights(model),
+        sl.head_weights(model),
+    )
     scores = {name: score for name, score in sl.random_scores(model, 0).items() if name in names}
     with sl.masked(model, sl.select(scores, 0.3), tuple(head)):
         found = sl.activation_bytes(model, batch)
@@ -168,7 +203,9 @@ def test_selecting_in_matrices_keeps_what_training_these_whole_keeps_and_no_more
     assert found == sl.activation_bytes(model, batch) < full
 
 
-def test_lora_keeps_its_rank_of_values_a_token_and_layer_beside_what_masked_training_keeps(build, batches):
+def test_lora_keeps_its_rank_of_values_a_token_and_layer_beside_what_masked_training_keeps(
+    build, batches
+):
     model, (batch,) = build("llama"), batches("llama", 1)
     names = sl.linear_weights(model)
     most = {name: torch.arange(model.get_parameter(name).numel() - 1) for name in names}
@@ -181,10 +218,16 @@ def test_lora_keeps_its_rank_of_values_a_token_and_layer_beside_what_masked_trai
     assert sl.activation_bytes(model, batch) - masked == 4 * 2 * tokens * len(names)
 
 
-@pytest.mark.parametrize(("positions", "features"), [([3, 13], 1), ([3, 17, 99], 3), (range(10), 10), ([0, 55, 99], 3)])
-def test_of_a_layers_input_only_the_features_that_few_selected_weights_read_are_kept(positions, features):
+@pytest.mark.parametrize(
+    ("positions", "features"), [([3, 13], 1), ([3, 17, 99], 3), (range(10), 10), ([0, 55, 99], 3)]
+)
+def test_of_a_layers_input_only_the_features_that_few_selected_weights_read_are_kept(
+    positions, features
+):
     model = nn.Sequential(nn.Linear(4, 10), nn.Linear(10, 10, bias=False))
     selection = sl.Selection({"1.weight": torch.tensor([*positions])}, {"1.weight": (10, 10)})
     with sl.masked(model, selection):
-        found = sl.activation_bytes(model, (torch.ones(5, 4),), lambda model, batch: model(batch[0]).square().sum())
+        found = sl.activation_bytes(
+            model, (torch.ones(5, 4),), lambda model, batch: model(batch[0]).square().sum()
+        )
     assert found == 4 * (5 * features + 5 * 10)  # and what is squared

@@ -33,7 +33,9 @@ def test_exactly_k_weights_and_the_head_differ_in_the_end(build, batches, kind, 
     records, found = phase_by_phase(model, lt_sft(model, 25, iterations=iterations, **RATES), data)
 
     assert [r["phase"] for r in records] == (["dense"] * 4 + ["masked"] * 2) * iterations
-    assert [f["phase"].selection.count for f in found[1::2]] == {1: [25], 3: [8, 16, 25]}[iterations]
+    assert [f["phase"].selection.count for f in found[1::2]] == {1: [25], 3: [8, 16, 25]}[
+        iterations
+    ]
     last = found[-1]["phase"].selection.masks()
     for name, p in sl.weights(model).items():
         assert torch.equal(p != before[name], last[name]), name
@@ -68,7 +70,9 @@ def test_every_parameter_is_trained_and_then_rewound_bit_by_bit_and_the_head_too
     for name, p in start.items():
         assert not torch.equal(dense["after"][name], p), name
         assert torch.equal(masked["begins"][name].view(torch.int32), p.view(torch.int32)), name
-    assert {id(p) for p in masked["phase"].groups[1]["params"]} == {id(model.get_parameter(name)) for name in heads}
+    assert {id(p) for p in masked["phase"].groups[1]["params"]} == {
+        id(model.get_parameter(name)) for name in heads
+    }
 
 
 def test_a_later_iteration_goes_on_from_the_last_and_keeps_its_ticket(build, batches):
@@ -96,7 +100,10 @@ def test_each_phase_has_a_new_optimizer_its_epochs_and_rates(build, batches):
     assert len(made) == 2
     assert [f["phase"].epochs for f in found] == [3, 2]
     for one in found:
-        assert [(g["lr"], g["weight_decay"]) for g in one["phase"].groups] == [(0.1, 0.3), (0.2, 0.3)]
+        assert [(g["lr"], g["weight_decay"]) for g in one["phase"].groups] == [
+            (0.1, 0.3),
+            (0.2, 0.3),
+        ]
         assert one["phase"].penalty is None
 
 
@@ -148,10 +155,19 @@ def test_a_strong_l1_penalty_keeps_the_weights_near_the_pretrained_ones(build, b
         model = build("toy")
         model.dropout.p = 0.0
         start = sl.snapshot(model)
-        _, found = phase_by_phase(model, lt_sft(model, 25, lr=0.01, epochs=(5, 5), l1=l1), batches("toy", 2))
+        _, found = phase_by_phase(
+            model, lt_sft(model, 25, lr=0.01, epochs=(5, 5), l1=l1), batches("toy", 2)
+        )
         distances.append(
-            [sum(float((f["after"][n] - start[n]).abs().sum()) for n in sl.weights(model)) for f in found[:1]]
-            + [sum(float((p - start[n]).detach().abs().sum()) for n, p in sl.weights(model).items())]
+            [
+                sum(float((f["after"][n] - start[n]).abs().sum()) for n in sl.weights(model))
+                for f in found[:1]
+            ]
+            + [
+                sum(
+                    float((p - start[n]).detach().abs().sum()) for n, p in sl.weights(model).items()
+                )
+            ]
         )
     assert all(strong < 0.5 * free for free, strong in zip(*distances, strict=True))
 
@@ -188,7 +204,11 @@ def test_an_interrupt_leaves_an_ordinary_model_and_no_dense_change(build, batche
         ({"iterations": 10}, ValueError, r"iterations=10 is outside \[1, 9\]"),
         ({"l1": -0.1}, ValueError, "l1=-0.1 must be 0 or more"),
         ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no parameter"),
-        ({"budget": 100, "frozen": ("embedding",)}, ValueError, "asks for 100 weights, but only 98 are not frozen"),
+        (
+            {"budget": 100, "frozen": ("embedding",)},
+            ValueError,
+            "asks for 100 weights, but only 98 are not frozen",
+        ),
         ({"head": ("clasifier",)}, ValueError, "head='clasifier' names no parameter"),
     ],
 )
@@ -200,7 +220,9 @@ def test_bad_input_raises_before_a_step(build, batches, options, error, message)
     with pytest.raises(error, match=message):
         sl.fit(model, method, batches("toy", 1), on_step=steps.append)
     assert not steps
-    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )
 
 
 def test_fewer_moved_weights_than_k_raise_and_the_model_is_rewound(build, batches):
@@ -209,7 +231,9 @@ def test_fewer_moved_weights_than_k_raise_and_the_model_is_rewound(build, batche
     with pytest.raises(ValueError, match="scores are non-zero; lower it"):
         # Words that no sample has do not move without decay.
         sl.fit(model, lt_sft(model, 164, **RATES), data)
-    assert all(torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )
 
 
 def test_the_ticket_is_extended_by_other_weights_alone():
@@ -217,6 +241,9 @@ def test_the_ticket_is_extended_by_other_weights_alone():
     one = most_moved(scores, 2)
     assert {name: index.tolist() for name, index in one.indices.items()} == {"a": [0], "b": [3]}
     two = most_moved(scores, 2, one)
-    assert {name: index.tolist() for name, index in two.indices.items()} == {"a": [0, 2], "b": [1, 3]}
+    assert {name: index.tolist() for name, index in two.indices.items()} == {
+        "a": [0, 2],
+        "b": [1, 3],
+    }
     with pytest.raises(ValueError, match="only 2 scores are non-zero"):
         most_moved(scores, 3, two)

@@ -20,12 +20,17 @@ TRANSFORMERS = ("bert_tied", "llama", "gpt2")
 def unselected(tensors, selection):
     """The bits of everything that is not selected."""
     masks = selection.masks()
-    return {n: t.detach()[~masks[n]] if n in masks else t.detach().clone() for n, t in tensors.items()}
+    return {
+        n: t.detach()[~masks[n]] if n in masks else t.detach().clone() for n, t in tensors.items()
+    }
 
 
 def changed(before, after, selection):
     """The share of selected weights whose value is another one now."""
-    moved = sum((before[n].reshape(-1)[i] != after[n].reshape(-1)[i]).sum() for n, i in selection.indices.items())
+    moved = sum(
+        (before[n].reshape(-1)[i] != after[n].reshape(-1)[i]).sum()
+        for n, i in selection.indices.items()
+    )
     return float(moved) / selection.count
 
 
@@ -43,7 +48,9 @@ def adamw(parameters):
 
 TRAININGS = {
     "sgd, momentum, decay, clipping, accumulation": {
-        "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+        "optimizer": lambda p: torch.optim.SGD(
+            p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1
+        ),
         "clip": 0.5,
         "accumulate": 2,
     },
@@ -53,7 +60,9 @@ TRAININGS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name is too new
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable`:FutureWarning"
+)  # its new name is too new
 @pytest.mark.parametrize(
     ("kind", "training"),
     [
@@ -126,7 +135,9 @@ class DenseMasked:
     def __init__(self, model, selection, make):
         self.model = model
         self.named = {n: p for n, p in model.named_parameters() if n in selection.indices}
-        self.masks = {n: m.to(self.named[n].device) for n, m in selection.masks().items() if n in self.named}
+        self.masks = {
+            n: m.to(self.named[n].device) for n, m in selection.masks().items() if n in self.named
+        }
         self.start = {n: p.detach().clone() for n, p in self.named.items()}
         self.optimizer = make(list(self.named.values()))
 
@@ -149,7 +160,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["toy", "llama", "gpt2"])
-def test_compact_training_is_dense_masked_training_step_for_step(build, batches, pick, device, kind, optimizer):
+def test_compact_training_is_dense_masked_training_step_for_step(
+    build, batches, pick, device, kind, optimizer
+):
     reference, model = (build(kind).to(device, torch.float64) for _ in range(2))
     data = batches(kind, 4, device=device)
     selection = pick(model, per_tensor=5)
@@ -199,19 +212,26 @@ def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick,
     head = tuple(sl.head_weights(model))
     expected = model(**batch)
     expected.loss.backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    gradients = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in model.named_parameters()
+    }
     with sl.masked(model, selection, dense=head) as training:
         found = model(**batch)
         assert torch.equal(found.logits, expected.logits)
         found.loss.backward()
-        for (name, index), vector in zip(selection.indices.items(), training.parameters(), strict=True):
+        for (name, index), vector in zip(
+            selection.indices.items(), training.parameters(), strict=True
+        ):
             wanted = gradients[name].reshape(-1)[index]
             if len(index) == gradients[name].numel():
                 wanted = gradients[name]  # a tensor that is selected whole trains as it is
             got = torch.zeros_like(vector) if vector.grad is None else vector.grad
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=name)
         for name in head:
-            torch.testing.assert_close(model.get_parameter(name).grad, gradients[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                model.get_parameter(name).grad, gradients[name], rtol=1e-9, atol=1e-12
+            )
 
 
 class Created(TorchDispatchMode):
@@ -250,9 +270,13 @@ class Created(TorchDispatchMode):
         ),
     ],
 )
-def test_no_dense_gradient_of_a_selected_matrix_exists_at_any_moment(build, batches, pick, kind, matrices):
+def test_no_dense_gradient_of_a_selected_matrix_exists_at_any_moment(
+    build, batches, pick, kind, matrices
+):
     model = build(kind).train()
-    (batch,) = batches(kind, 1, size=8)  # of 8 * 4 tokens: no activation has as many entries as one of these matrices
+    (batch,) = batches(
+        kind, 1, size=8
+    )  # of 8 * 4 tokens: no activation has as many entries as one of these matrices
     batch = {key: value[:, :4] if value.dim() > 1 else value for key, value in batch.items()}
     sizes = {name: model.get_parameter(name).numel() for name in matrices}
     assert sizes == matrices
@@ -283,7 +307,10 @@ def test_leaving_gives_back_an_ordinary_model_with_the_trained_values(build, bat
         optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
         model(**batches(kind, 1)[0]).loss.backward()
         optimizer.step()  # and no forward after it: leaving must write the last values
-        trained = {name: p.detach().clone() for name, p in zip(selection.indices, training.parameters(), strict=True)}
+        trained = {
+            name: p.detach().clone()
+            for name, p in zip(selection.indices, training.parameters(), strict=True)
+        }
     assert [type(module) for module in model.modules()] == classes
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert list(model.state_dict()) == keys
@@ -298,9 +325,13 @@ def test_what_requires_a_gradient_inside_is_what_is_trained(build, pick):
     selection = pick(model)
     with sl.masked(model, selection, dense=("classifier",)) as training:
         inside = [p for p in model.parameters() if p.requires_grad]
-        assert {id(p) for p in inside} == {id(p) for p in (*training.parameters(), *training.dense_parameters())}
+        assert {id(p) for p in inside} == {
+            id(p) for p in (*training.parameters(), *training.dense_parameters())
+        }
         assert sum(p.numel() for p in training.parameters()) == selection.count
-        assert {id(p) for p in training.dense_parameters()} == {id(p) for p in model.classifier.parameters()}
+        assert {id(p) for p in training.dense_parameters()} == {
+            id(p) for p in model.classifier.parameters()
+        }
         assert all(p.grad is None for p in model.parameters())
         assert not any("_index" in key for key in model.state_dict())
 
@@ -398,11 +429,15 @@ def test_a_module_may_be_called_twice_before_the_backward(build, batches, pick):
     model, (one, other) = build("bert_tied"), batches("bert_tied", 2)
     (model(**one).loss + model(**other).loss).backward()
     selection = pick(model)
-    expected = {name: model.get_parameter(name).grad.reshape(-1)[i] for name, i in selection.indices.items()}
+    expected = {
+        name: model.get_parameter(name).grad.reshape(-1)[i] for name, i in selection.indices.items()
+    }
     with sl.masked(model, selection) as training:
         (model(**one).loss + model(**other).loss).backward()
         for (name, gradient), vector in zip(expected.items(), training.parameters(), strict=True):
-            torch.testing.assert_close(vector.grad.reshape(-1), gradient, rtol=1e-4, atol=1e-7, msg=name)
+            torch.testing.assert_close(
+                vector.grad.reshape(-1), gradient, rtol=1e-4, atol=1e-7, msg=name
+            )
 
 
 def entries(left, right, index, rows, columns):
@@ -413,8 +448,12 @@ def entries(left, right, index, rows, columns):
 
 @given(st.integers(2, 6), st.integers(2, 6), st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_block_is_found_where_and_only_where_all_of_some_rows_or_columns_are_selected(height, width, by_rows, data):
-    some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, (height if by_rows else width) - 1), min_size=1))))
+def test_a_block_is_found_where_and_only_where_all_of_some_rows_or_columns_are_selected(
+    height, width, by_rows, data
+):
+    some = torch.tensor(
+        sorted(data.draw(st.sets(st.integers(0, (height if by_rows else width) - 1), min_size=1)))
+    )
     rows, columns = (some, torch.arange(width)) if by_rows else (torch.arange(height), some)
     index = (rows[:, None] * width + columns).flatten()
     found = footprint(index, height, width)
@@ -446,7 +485,9 @@ def test_neurons_train_through_dense_slices_as_single_weights_do(build, batches,
     index = (grid[neurons] if kind == "toy" else grid[:, neurons]).flatten()
     model(**batch).loss.backward()
     expected = model.get_parameter(name).grad.flatten()[index]
-    with sl.masked(model, selection_of(model, **{name.replace(".", "_"): index.tolist()})) as training:
+    with sl.masked(
+        model, selection_of(model, **{name.replace(".", "_"): index.tolist()})
+    ) as training:
         sparse = Counted("sparse_sampled_addmm")
         with sparse:
             model(**batch).loss.backward()
@@ -474,13 +515,22 @@ class Counted(TorchDispatchMode):
 def test_columns_become_contiguous_rows(tokens):
     operand = torch.randn(tokens, 5)
     few = torch.tensor([0, 2])
-    for found, expected in ((by_feature(operand), operand.t()), (columns_as_rows(operand, few), operand[:, few].t())):
+    for found, expected in (
+        (by_feature(operand), operand.t()),
+        (columns_as_rows(operand, few), operand[:, few].t()),
+    ):
         assert found.is_contiguous()
         assert torch.equal(found, expected)
     assert columns_as_rows(operand, None) is operand
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["float64", "bfloat16"]), st.data())
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 6),
+    st.sampled_from(["float64", "bfloat16"]),
+    st.data(),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_sampled_product_has_the_entries_of_the_product(rows, columns, inner, dtype, data):
     generator = torch.Generator().manual_seed(rows * 100 + columns * 10 + inner)
@@ -565,7 +615,10 @@ def _without_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_attention, "'in_proj_weight'.* is part of a MultiheadAttention, which has no sampled gradient"),
+        (
+            _attention,
+            "'in_proj_weight'.* is part of a MultiheadAttention, which has no sampled gradient",
+        ),
         (_convolution, "'1.weight'.* is part of a Conv2d"),
         (_subclass, "'1.weight'.* is part of a Scaled"),
         (_unknown, "selection holds 'wieght', which is no parameter"),
@@ -622,7 +675,9 @@ def test_a_class_that_is_called_masked_is_an_ordinary_one():
         pass
 
     model = nn.Sequential(MaskedNorm(4), nn.Linear(4, 2))
-    with sl.masked(model, selection_of(model, **{"0_bias": [1], "1_weight": [0], "1_bias": [1]})) as training:
+    with sl.masked(
+        model, selection_of(model, **{"0_bias": [1], "1_weight": [0], "1_bias": [1]})
+    ) as training:
         model(torch.randn(3, 4)).sum().backward()
         assert all(p.grad.all() for p in training.parameters())
     assert [type(module) for module in model] == [MaskedNorm, nn.Linear]
@@ -638,7 +693,9 @@ def test_a_matrix_of_any_module_may_be_selected_whole():
 @pytest.mark.usefixtures("meta_default")
 def test_masked_training_makes_its_tensors_beside_the_weights():
     model = nn.Sequential(
-        nn.Embedding(5, 4, device="cpu"), nn.Linear(4, 3, device="cpu"), nn.LayerNorm(3, device="cpu")
+        nn.Embedding(5, 4, device="cpu"),
+        nn.Linear(4, 3, device="cpu"),
+        nn.LayerNorm(3, device="cpu"),
     )
     selection = sl.select(sl.random_scores(model, 0), 12)
     ids = torch.tensor([[0, 3], [1, 3]], device="cpu")
@@ -661,13 +718,19 @@ def test_masked_training_makes_its_tensors_beside_the_weights():
         (nn.MultiheadAttention(4, 2), "in_proj_weight", "is part of a MultiheadAttention"),
         (nn.Embedding(3, 4, max_norm=1.0), "weight", "is an embedding with max_norm; unset it"),
         (nn.Embedding(3, 4, sparse=True), "weight", "is an embedding with sparse; unset it"),
-        (nn.Embedding(3, 4, scale_grad_by_freq=True), "weight", "is an embedding with scale_grad_by_freq"),
+        (
+            nn.Embedding(3, 4, scale_grad_by_freq=True),
+            "weight",
+            "is an embedding with scale_grad_by_freq",
+        ),
     ],
 )
 def test_what_cannot_be_selected_in_part_says_why(module, attribute, reason):
     found = why_not_partly(module, attribute)
     assert (found is None) if reason is None else found.startswith(reason)
-    selection = sl.Selection({attribute: torch.tensor([1])}, {attribute: tuple(getattr(module, attribute).shape)})
+    selection = sl.Selection(
+        {attribute: torch.tensor([1])}, {attribute: tuple(getattr(module, attribute).shape)}
+    )
     if reason is None:
         sl.masked(module, selection).close()
     else:
@@ -680,7 +743,9 @@ def half(count):
 
 
 @pytest.mark.parametrize("kind", ["toy", "bert", "llama", "gpt2"])
-def test_shrinking_leaves_dropped_weights_where_they_are_and_survivors_their_moments(build, batches, pick, kind):
+def test_shrinking_leaves_dropped_weights_where_they_are_and_survivors_their_moments(
+    build, batches, pick, kind
+):
     model, data = build(kind), batches(kind, 4)
     selection = pick(model, per_tensor=6)
     training = sl.masked(model, selection, shrinks=True)
@@ -696,9 +761,16 @@ def test_shrinking_leaves_dropped_weights_where_they_are_and_survivors_their_mom
     keep = {name: half(len(index)) for name, index in selection.indices.items()}
     vectors = dict(zip(selection.indices, training.parameters(), strict=True))
     at_drop = {name: p.detach().clone() for name, p in vectors.items()}
-    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in vectors.items() if p in optimizer.state}
+    moments = {
+        name: optimizer.state[p]["exp_avg"].clone()
+        for name, p in vectors.items()
+        if p in optimizer.state
+    }
     training.shrink(keep, optimizer)
-    assert all(torch.equal(optimizer.state[vectors[name]]["exp_avg"], m[keep[name]]) for name, m in moments.items())
+    assert all(
+        torch.equal(optimizer.state[vectors[name]]["exp_avg"], m[keep[name]])
+        for name, m in moments.items()
+    )
     assert all(torch.equal(vectors[name], at_drop[name][kept]) for name, kept in keep.items())
     step(data[2])
     step(data[3])
@@ -717,14 +789,20 @@ def test_shrinking_equals_a_dense_loop_whose_mask_shrinks(build, batches, pick):
     masks = selection.masks()
     training = sl.masked(model, selection, shrinks=True)
     optimizer = torch.optim.Adam(training.parameters(), lr=0.01)
-    dense = torch.optim.Adam([p for name, p in reference.named_parameters() if name in masks], lr=0.01)
+    dense = torch.optim.Adam(
+        [p for name, p in reference.named_parameters() if name in masks], lr=0.01
+    )
     for number, batch in enumerate(data):
         if number == 2:
-            training.shrink({name: half(len(index)) for name, index in selection.indices.items()}, optimizer)
+            training.shrink(
+                {name: half(len(index)) for name, index in selection.indices.items()}, optimizer
+            )
             for name, index in selection.indices.items():
                 masks[name].view(-1)[index[~half(len(index))]] = False
                 state = dense.state[reference.get_parameter(name)]
-                state["exp_avg"] *= masks[name]  # or the momentum of dropped weights would move them on
+                state["exp_avg"] *= masks[
+                    name
+                ]  # or the momentum of dropped weights would move them on
         for net, opt in ((model, optimizer), (reference, dense)):
             opt.zero_grad()
             net(**batch).loss.backward()
@@ -739,7 +817,8 @@ def test_shrinking_equals_a_dense_loop_whose_mask_shrinks(build, batches, pick):
 
 
 def test_shrinking_after_a_step_of_fit(build, batches, pick):
-    # `fit` still holds the loss of the step: autograd has not yet forgotten how long the vectors were.
+    # `fit` still holds the loss of the step: autograd has not yet forgotten how long the vectors
+    # were.
     model, data = build("toy"), batches("toy", 4)
     selection = pick(model, per_tensor=6)
     keep = {name: half(len(index)) for name, index in selection.indices.items()}
@@ -766,7 +845,11 @@ def test_shrinking_after_a_step_of_fit(build, batches, pick):
     [
         ({"norm.bias": torch.ones(7, dtype=torch.bool)}, False, "no compact vector; give masked"),
         ({"nothing": torch.ones(7, dtype=torch.bool)}, True, "keep names 'nothing'"),
-        ({"norm.bias": torch.ones(6, dtype=torch.bool)}, True, r"of shape \(6,\), not bool of \(7,\)"),
+        (
+            {"norm.bias": torch.ones(6, dtype=torch.bool)},
+            True,
+            r"of shape \(6,\), not bool of \(7,\)",
+        ),
         ({"norm.bias": torch.ones(7)}, True, "is torch.float32"),
     ],
 )

@@ -68,4 +68,6 @@ def test_two_processes_train_as_one(tmp_path):
         assert torch.equal(first["after"][name], second["after"][name])
         assert torch.equal(first["after"][name][~mask], before[~mask])
         assert not torch.equal(first["after"][name][mask], before[mask])
-        torch.testing.assert_close(first["after"][name], alone["after"][name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            first["after"][name], alone["after"][name], rtol=1e-9, atol=1e-12
+        )

@@ -27,19 +27,25 @@ def test_the_state_inside_is_the_state_after_leaving(build, batches, pick, kind)
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", ["toy", "llama"])
-def test_an_ordinary_state_that_is_loaded_inside_is_what_is_trained_on(build, batches, pick, kind, assign):
+def test_an_ordinary_state_that_is_loaded_inside_is_what_is_trained_on(
+    build, batches, pick, kind, assign
+):
     model, other, (batch,) = build(kind), build(kind, seed=7), batches(kind, 1)
     expected = other(**batch).logits
     with sl.masked(model, pick(model)):
         step(model, batch)
         model.load_state_dict(other.state_dict(), assign=assign)
         assert torch.equal(model(**batch).logits, expected)
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 def test_a_state_without_a_tied_second_name_loads(build, batches, pick):
     model, other, (batch,) = build("llama"), build("llama", seed=7), batches("llama", 1)
-    state = {name: tensor for name, tensor in other.state_dict().items() if name != "lm_head.weight"}
+    state = {
+        name: tensor for name, tensor in other.state_dict().items() if name != "lm_head.weight"
+    }
     with sl.masked(model, pick(model)):
         step(model, batch)
         report = model.load_state_dict(state, strict=False)
@@ -64,5 +70,8 @@ def test_a_state_of_another_shape_is_refused_by_name(build, pick):
         name: tensor.reshape(-1)[:2] if name == "first.weight" else tensor
         for name, tensor in model.state_dict().items()
     }
-    with sl.masked(model, pick(model)), pytest.raises(RuntimeError, match=r"size mismatch for first\.weight"):
+    with (
+        sl.masked(model, pick(model)),
+        pytest.raises(RuntimeError, match=r"size mismatch for first\.weight"),
+    ):
         model.load_state_dict(state)

@@ -18,7 +18,9 @@ def test_the_head_is_apart_and_both_parts_make_the_model(build):
 
 def test_buffers_and_integer_parameters_are_no_candidates():
     model = nn.BatchNorm1d(4)
-    model.register_parameter("packed", nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))
+    model.register_parameter(
+        "packed", nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    )
     assert list(sl.weights(model)) == ["weight", "bias"]
 
 

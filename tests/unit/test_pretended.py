@@ -35,7 +35,11 @@ def test_what_may_come_from_the_cpu_does(there):
 
 def test_results_stay_there_and_are_fetched(there, accelerator):
     assert (there * 2).sum().device.type == there.view(3, 1).device.type == accelerator
-    assert torch.tensor([1.0], device=accelerator).device.type == torch.zeros_like(there).device.type == accelerator
+    assert (
+        torch.tensor([1.0], device=accelerator).device.type
+        == torch.zeros_like(there).device.type
+        == accelerator
+    )
     assert torch.equal(there.cpu(), torch.ones(3))
 
 

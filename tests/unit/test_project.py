@@ -20,7 +20,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "pytorch": "torch"}
 CUDA_PACKAGES = re.compile(r"cuda|nvidia|triton")  # what torch adds where it is built for a GPU
 
-# What Colab had in August 2026: the floors must admit it, so that a chapter opened there keeps its torch.
+# What Colab had in August 2026: the floors must admit it, so that a chapter opened there keeps its
+# torch.
 COLAB = {
     "python": "3.13",
     "torch": "2.11.0",
@@ -34,14 +35,21 @@ COLAB = {
 def direct():
     """Every requirement of pyproject.toml, extras included: name -> Requirement."""
     lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
-    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+    return {
+        canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)
+    }
 
 
 def lock():
     """The pins of requirements.lock: name -> version."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.lock").read_text().splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+    )
     pins = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines if line]
-    assert len(pins) == len({canonicalize_name(name) for name, _ in pins}), "a package is pinned twice"
+    assert len(pins) == len({canonicalize_name(name) for name, _ in pins}), (
+        "a package is pinned twice"
+    )
     return {canonicalize_name(name): version for name, version in pins}
 
 
@@ -55,14 +63,20 @@ def closure(requirements):
             if key not in found:
                 found.add(key)
                 inner = map(Requirement, metadata.requires(requirement.name) or [])
-                waiting += [other for other in inner if not other.marker or other.marker.evaluate({"extra": extra})]
+                waiting += [
+                    other
+                    for other in inner
+                    if not other.marker or other.marker.evaluate({"extra": extra})
+                ]
     return {name for name, _ in found}
 
 
 def test_lock_admits_every_direct_requirement():
     pins = lock()
     for name, requirement in direct().items():
-        assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {requirement.specifier}"
+        assert requirement.specifier.contains(pins[name]), (
+            f"{name}=={pins[name]} is outside {requirement.specifier}"
+        )
 
 
 def test_lock_is_what_the_project_needs_and_nothing_else():
@@ -82,9 +96,10 @@ def test_conda_environment_has_the_requirements_of_pyproject():
     tools = {name: conda.pop(name, None) for name in ("python", "nodejs", "pip", "setuptools")}
     assert tools["python"] == PROJECT["requires-python"]
     assert None not in tools.values()
-    assert {CONDA_NAMES.get(name, canonicalize_name(name)): specifier for name, specifier in conda.items()} == {
-        name: str(requirement.specifier) for name, requirement in direct().items()
-    }
+    assert {
+        CONDA_NAMES.get(name, canonicalize_name(name)): specifier
+        for name, specifier in conda.items()
+    } == {name: str(requirement.specifier) for name, requirement in direct().items()}
 
 
 @pytest.mark.parametrize("name", COLAB)
@@ -94,23 +109,34 @@ def test_floors_admit_colab(name):
 
 
 def test_ground_floor_needs_torch_numpy_and_safetensors_only():
-    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"numpy", "safetensors", "torch"}
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {
+        "numpy",
+        "safetensors",
+        "torch",
+    }
 
 
 def test_locks_hold_no_download_address():
     for name in ("requirements.lock", "book/package-lock.json"):
-        assert not re.search(r"resolved|\.tgz|\.whl|\.tar\.gz|file:", (ROOT / name).read_text()), name
+        assert not re.search(r"resolved|\.tgz|\.whl|\.tar\.gz|file:", (ROOT / name).read_text()), (
+            name
+        )
 
 
 def test_version_is_the_same_everywhere():
     version = PROJECT["version"]
     assert metadata.version("selective-lite") == version
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
-    assert re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version
+    assert (
+        re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1)
+        == version
+    )
 
 
 def test_readme_example_runs_and_has_ten_lines(tmp_path):
-    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert len(example.split("\n")) - example.count("\n\n") - 1 == 10
     report = "\nprint(selection.count, selection.total, records[-1]['loss'] < records[0]['loss'])"
     command = [sys.executable, "-W", "error", "-c", example + report]

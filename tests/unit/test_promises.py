@@ -1,6 +1,7 @@
 """Promises: the table's every promise, on BERT, a ViT and a tied Llama, in several settings.
 
-In float32 and bfloat16, under accumulation, where new tensors are made on another device than the model's, on a GPU.
+In float32 and bfloat16, under accumulation, where new tensors are made on another device than the
+model's, on a GPU.
 """
 
 import math
@@ -26,8 +27,8 @@ K = 60
 KINDS = ("bert", "vit", "llama")
 SETTINGS = ("float32", "bfloat16", "accumulation", "meta_default", "gpu")
 LR, EPOCHS = 0.05, 2
-# No part of a ViT's convolution and bare parameters can be masked; Diff Pruning and SaRA select from all but the head,
-# so there they count as the head.
+# No part of a ViT's convolution and bare parameters can be masked; Diff Pruning and SaRA select
+# from all but the head, so there they count as the head.
 FROZEN = {"vit": ("vit.embeddings",)}
 HEAD = {(name, "vit"): ("classifier", "vit.embeddings") for name in ("diff_pruning", "sara")}
 BUDGET, ALPHA, BETA = 200, 10.0, 5.0  # of SPT: enough for some modules
@@ -35,7 +36,9 @@ BUDGET, ALPHA, BETA = 200, 10.0, 5.0  # of SPT: enough for some modules
 
 def fixed_mask(model, data, kind):
     scores = sl.exclude(sl.random_scores(model, 0), FROZEN.get(kind, ()))
-    return sl.fixed_mask(model, sl.random_nonzero(scores, K, seed=1), lr=LR, epochs=EPOCHS, weight_decay=0.1)
+    return sl.fixed_mask(
+        model, sl.random_nonzero(scores, K, seed=1), lr=LR, epochs=EPOCHS, weight_decay=0.1
+    )
 
 
 def targets(model):
@@ -52,8 +55,12 @@ def spend(model, data):
 # A row a method: how the tests call it.
 METHODS = {
     "full_finetuning": lambda model, data, kind: sl.full_finetuning(model, lr=LR, epochs=EPOCHS),
-    "layerwise_rates": lambda model, data, kind: layerwise_rates(model, lr=LR, decay=0.5, epochs=EPOCHS),
-    "last_layers": lambda model, data, kind: sl.fixed_mask(model, last_layers(model, 1), lr=LR, epochs=EPOCHS),
+    "layerwise_rates": lambda model, data, kind: layerwise_rates(
+        model, lr=LR, decay=0.5, epochs=EPOCHS
+    ),
+    "last_layers": lambda model, data, kind: sl.fixed_mask(
+        model, last_layers(model, 1), lr=LR, epochs=EPOCHS
+    ),
     "fixed_mask": fixed_mask,
     "fish": lambda model, data, kind: fish(
         model, K, data, lr=LR, epochs=EPOCHS, weight_decay=0.1, frozen=FROZEN.get(kind, ())
@@ -64,15 +71,29 @@ METHODS = {
     ),
     "bitfit": lambda model, data, kind: bitfit(model, lr=LR, epochs=EPOCHS, weight_decay=0.1),
     "lt_sft": lambda model, data, kind: lt_sft(
-        model, K, lr=LR, epochs=(1, EPOCHS), iterations=2, weight_decay=0.1, frozen=FROZEN.get(kind, ())
+        model,
+        K,
+        lr=LR,
+        epochs=(1, EPOCHS),
+        iterations=2,
+        weight_decay=0.1,
+        frozen=FROZEN.get(kind, ()),
     ),
     "diff_pruning": lambda model, data, kind: diff_pruning(
-        model, K, lr_w=0.02, lr=LR, lr_alpha=1.0, epochs=(3, EPOCHS), head=HEAD.get(("diff_pruning", kind))
+        model,
+        K,
+        lr_w=0.02,
+        lr=LR,
+        lr_alpha=1.0,
+        epochs=(3, EPOCHS),
+        head=HEAD.get(("diff_pruning", kind)),
     ),
     "sara": lambda model, data, kind: sara(
         model, budget=K, lr=1e-4, lr_head=LR, lam=0, epochs=EPOCHS, head=HEAD.get(("sara", kind))
     ),
-    "spt": lambda model, data, kind: spt(model, spend(model, data)[1], lr=LR, epochs=EPOCHS, weight_decay=0.1),
+    "spt": lambda model, data, kind: spt(
+        model, spend(model, data)[1], lr=LR, epochs=EPOCHS, weight_decay=0.1
+    ),
     "sora": lambda model, data, kind: sora(
         SoRA(model, 2, targets=targets(model)), lr=LR, lr_head=LR, lam=0.01, epochs=EPOCHS
     ),
@@ -82,7 +103,9 @@ IMPOSSIBLE = {("bitfit", "llama")}  # no biases
 
 def asked(name, model):
     """The number of weights that was asked for."""
-    return {"child_tuning_d": round(0.02 * sum(p.numel() for p in sl.weights(model).values()))}.get(name, K)
+    return {"child_tuning_d": round(0.02 * sum(p.numel() for p in sl.weights(model).values()))}.get(
+        name, K
+    )
 
 
 def ruled(name, model):
@@ -100,7 +123,9 @@ def accumulate(model, phases, data):
     with closing(phases):
         for phase in phases:
             called = (phase.model or model).train()
-            optimizer = torch.optim.AdamW([{k: v for k, v in g.items() if k != "schedule"} for g in phase.groups])
+            optimizer = torch.optim.AdamW(
+                [{k: v for k, v in g.items() if k != "schedule"} for g in phase.groups]
+            )
             for step in range(phase.epochs):
                 optimizer.zero_grad()
                 for batch in data:
@@ -154,10 +179,16 @@ class Run:
         def phases():
             with closing(METHODS[name](self.model, data, kind)) as method:
                 for phase in method:
-                    self.selection = self.selection if name in ("sara", "sora", "spt") else phase.selection
+                    self.selection = (
+                        self.selection if name in ("sara", "sora", "spt") else phase.selection
+                    )
                     yield phase
                     # Trained, and not yet merged or put back.
-                    self.inside = {n: p.detach().clone() for n, p in self.model.named_parameters() if n in self.base}
+                    self.inside = {
+                        n: p.detach().clone()
+                        for n, p in self.model.named_parameters()
+                        if n in self.base
+                    }
 
         with torch.random.fork_rng(), torch.device("meta" if setting == "meta_default" else "cpu"):
             torch.manual_seed(seed)
@@ -181,7 +212,10 @@ def place(setting, request):
 
 
 def bits(model):
-    return {name: p.detach().cpu().view(torch.int16).numpy().tobytes() for name, p in model.named_parameters()}
+    return {
+        name: p.detach().cpu().view(torch.int16).numpy().tobytes()
+        for name, p in model.named_parameters()
+    }
 
 
 def outputs(model, batch):
@@ -196,7 +230,9 @@ def sized(count, one, other, path):
         int((one.candidates[n].reshape(-1)[i] != one.base[n].reshape(-1)[i]).sum())
         for n, i in one.selection.indices.items()
     )
-    assert moved > 0.5 * one.selection.count  # not all of them: a word may not occur, a step be lost in bfloat16
+    assert (
+        moved > 0.5 * one.selection.count
+    )  # not all of them: a word may not occur, a step be lost in bfloat16
     assert not any(torch.equal(p, one.base[n]) for n, p in one.head.items())
 
 
@@ -217,7 +253,9 @@ def nearest(one, other, path):
     cost, tensor = torch.zeros(sum(s.numel() for s in scores.values()), dtype=torch.int64), []
     for number, score in enumerate(scores.values()):
         tensor += [number] * score.numel()
-    order = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True, stable=True).indices
+    order = (
+        torch.cat([s.flatten() for s in scores.values()]).sort(descending=True, stable=True).indices
+    )
     tensor = torch.tensor(tensor)[order]  # of the most sensitive weight, of the second, ...
     for number, (name, score) in enumerate(scores.items()):
         count = (tensor == number).cumsum(0)
@@ -246,7 +284,9 @@ def sparse(one, other, path):
     delta, masks = one.delta(), one.selection.masks()
     modules = sum(p.numel() for module in one.modules.values() for p in module.parameters())
     assert delta.count <= one.selection.count + modules < 0.1 * one.selection.total
-    assert all(masks[n].reshape(-1)[positions.long()].all() for n, positions in delta.positions.items())
+    assert all(
+        masks[n].reshape(-1)[positions.long()].all() for n, positions in delta.positions.items()
+    )
     assert all(masks[n].all() for n in delta.dense)
     travels(one, other, path)
 
@@ -302,11 +342,14 @@ def test_a_promise_holds(run, place, tmp_path, name, kind, setting, promise):
 
 
 @pytest.mark.parametrize(
-    ("name", "promise"), [(name, p) for name, made in PROMISES.items() for p in CHECKS if p not in made]
+    ("name", "promise"),
+    [(name, p) for name, made in PROMISES.items() for p in CHECKS if p not in made],
 )
 def test_what_is_not_promised_does_not_hold(run, tmp_path, name, promise):
     one, other = (run(name, "bert", "float32", seed) for seed in (0, 1))
-    with pytest.raises((AssertionError, AttributeError, KeyError)):  # without a selection, or a rule, there is none
+    with pytest.raises(
+        (AssertionError, AttributeError, KeyError)
+    ):  # without a selection, or a rule, there is none
         CHECKS[promise](one, other, tmp_path / "delta.safetensors")
 
 
@@ -320,7 +363,9 @@ def test_what_promises_nothing_moves_everything(run, place, name, setting):
 
 def test_every_row_of_the_table_is_tested_and_every_promise_explained():
     assert set(PROMISES) == set(METHODS)
-    assert {promise for made in PROMISES.values() for promise in made} <= set(CHECKS) <= set(MEANING)
+    assert (
+        {promise for made in PROMISES.values() for promise in made} <= set(CHECKS) <= set(MEANING)
+    )
     for made in PROMISES.values():
         assert len(set(made)) == len(made)
         assert len({"exact k", "rule-sized", "nearest"} & set(made)) <= 1
@@ -331,5 +376,6 @@ def test_the_table_shows_a_row_a_method_and_a_column_a_promise():
     assert lines[0] == ["method", *MEANING]
     assert set(lines[1]) == {"---"}
     assert {
-        row[0].strip("`"): [p for p, cell in zip(lines[0][1:], row[1:], strict=True) if cell] for row in lines[2:]
+        row[0].strip("`"): [p for p, cell in zip(lines[0][1:], row[1:], strict=True) if cell]
+        for row in lines[2:]
     } == {name: [p for p in MEANING if p in made] for name, made in PROMISES.items()}

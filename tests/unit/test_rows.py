@@ -23,12 +23,16 @@ def test_no_row_is_stale(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_row_says_where_it_comes_from(name):
     for row in results.read(name):
-        assert {"config", "seconds", "device", "threads", "versions", "roots", "library"} <= set(row)
+        assert {"config", "seconds", "device", "threads", "versions", "roots", "library"} <= set(
+            row
+        )
 
 
 def test_every_config_has_its_row():
     for name, configs in ((plan.NAME + "_rates", plan.rate_configs()), (plan.NAME, plan.configs())):
-        assert [row["config"] for row in results.read(name)] == json.loads(json.dumps(list(configs)))
+        assert [row["config"] for row in results.read(name)] == json.loads(
+            json.dumps(list(configs))
+        )
 
 
 def test_every_row_s_code_is_the_one_that_the_plan_would_run():
@@ -44,7 +48,10 @@ def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
 
 def test_the_rate_taken_is_the_best_with_its_neighbours_and_not_the_one_beside_the_cliff():
     def sweep(*validation):
-        return {"config": {"grid": [10.0**-i for i in range(len(validation), 0, -1)]}, "validation": validation}
+        return {
+            "config": {"grid": [10.0**-i for i in range(len(validation), 0, -1)]},
+            "validation": validation,
+        }
 
     assert plan.rate(sweep(0.7, 0.78, 0.77, 0.79, 0.5)) == pytest.approx(1e-3)
     assert plan.rate(sweep(0.9, 0.5, 0.6, 0.7)) == pytest.approx(1e-3)
@@ -52,11 +59,20 @@ def test_the_rate_taken_is_the_best_with_its_neighbours_and_not_the_one_beside_t
 
 def test_rows_with_a_budget_selected_exactly_k_weights_but_for_those_of_modules():
     for row in results.read(plan.NAME):
-        if row["config"]["budget"] != "own" and row["config"]["method"] not in ("full", "spt", "lora"):
-            assert row["selected"] == round(row["config"]["budget"] * row["total"]) == sum(row["per_tensor"].values())
+        if row["config"]["budget"] != "own" and row["config"]["method"] not in (
+            "full",
+            "spt",
+            "lora",
+        ):
+            assert (
+                row["selected"]
+                == round(row["config"]["budget"] * row["total"])
+                == sum(row["per_tensor"].values())
+            )
 
 
 def test_the_installed_package_carries_the_rows():
-    # pyproject.toml maps results/ to the package's folder of rows, which `results.read` falls back to.
+    # pyproject.toml maps results/ to the package's folder of rows, which `results.read` falls back
+    # to.
     project = (Path(results.CHECKOUT).parent / "pyproject.toml").read_text()
     assert '"selective_lite.rows" = "results"' in project

@@ -8,7 +8,13 @@ from torch import nn
 
 import selective_lite as sl
 from selective_lite.methods import sara as module
-from selective_lite.methods.sara import SaRASchedule, learning_rate, nuclear_norm, sara, smaller_than
+from selective_lite.methods.sara import (
+    SaRASchedule,
+    learning_rate,
+    nuclear_norm,
+    sara,
+    smaller_than,
+)
 
 KINDS = ("toy", "bert", "llama")
 
@@ -61,7 +67,9 @@ def test_the_bound_itself_is_not_below_it():
         (math.inf, "must be a positive number"),
     ],
 )
-def test_a_threshold_that_selects_nothing_or_everything_raises_and_changes_nothing(threshold, message):
+def test_a_threshold_that_selects_nothing_or_everything_raises_and_changes_nothing(
+    threshold, message
+):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     before = sl.snapshot(model)
@@ -77,7 +85,9 @@ def test_a_budget_trains_exactly_the_k_smallest_and_nothing_else_under_decay(bui
     before, head = sl.snapshot(model), list(sl.head_weights(model))
     selection = sl.select(sl.magnitude(model), 60, largest=False)
     rate = 1e-4 if kind == "llama" else 1e-2  # its threshold is 3e-4
-    method = sara(model, budget=60, epochs=3, lr=rate, lr_head=1e-2, lam=0.0, weight_decay=0.5, reselect=0.5)
+    method = sara(
+        model, budget=60, epochs=3, lr=rate, lr_head=1e-2, lam=0.0, weight_decay=0.5, reselect=0.5
+    )
     phases, states = caught(method)
     sl.fit(model, phases, data)
     assert selection.count == 60 == states[0].counts[0]
@@ -87,7 +97,10 @@ def test_a_budget_trains_exactly_the_k_smallest_and_nothing_else_under_decay(bui
         if name not in head:
             assert torch.equal(p[~masks[name]], before[name][~masks[name]]), name
     # The padding row of an embedding is zero, selected, and never moves.
-    assert sum(int((p != before[name])[masks[name]].sum()) for name, p in sl.weights(model).items()) > 30
+    assert (
+        sum(int((p != before[name])[masks[name]].sum()) for name, p in sl.weights(model).items())
+        > 30
+    )
     assert all((model.get_parameter(name) != before[name]).any() for name in head)
     ordinary(model, before)
 
@@ -113,7 +126,9 @@ def quiet(model, batch):
 def test_weight_decay_pulls_selected_weights_to_zero(build, batches):
     model = build("toy")
     before, masks = sl.snapshot(model), smaller_than(model, 0.1).masks()
-    method = sara(model, threshold=0.1, epochs=2, lr=0.1, lam=0.0, schedule=sl.constant, reselect=None)
+    method = sara(
+        model, threshold=0.1, epochs=2, lr=0.1, lam=0.0, schedule=sl.constant, reselect=None
+    )
     sl.fit(model, method, batches("toy", 3), loss=quiet)
     for name, mask in masks.items():
         expected = torch.where(mask, before[name] * (1 - 0.1 * 1e-2) ** 6, before[name])
@@ -141,10 +156,20 @@ class Watched(torch.optim.AdamW):
 
 def test_survivors_keep_value_sign_moments_and_step_and_no_step_is_skipped(build, batches):
     model, made = build("toy"), []
-    method = sara(model, threshold=0.1, epochs=2, lr=0.02, lam=0.0, reselect=3, schedule=sl.constant)
+    method = sara(
+        model, threshold=0.1, epochs=2, lr=0.02, lam=0.0, reselect=3, schedule=sl.constant
+    )
     phases, states = caught(method)
-    sl.fit(model, phases, batches("toy", 4), optimizer=lambda groups: made.append(Watched(groups)) or made[0])
-    (values, moments, counts), (next_values, next_moments, next_counts) = made[0].history[2][1], made[0].history[3][0]
+    sl.fit(
+        model,
+        phases,
+        batches("toy", 4),
+        optimizer=lambda groups: made.append(Watched(groups)) or made[0],
+    )
+    (values, moments, counts), (next_values, next_moments, next_counts) = (
+        made[0].history[2][1],
+        made[0].history[3][0],
+    )
     (state,) = states
     dropped = 0
     for value, moment, count, after, after_moment, after_count in zip(
@@ -172,7 +197,9 @@ def test_what_outgrew_the_threshold_keeps_its_value_from_then_on(build, batches)
             state = phase.after_step.__self__
 
             def after_step(progress, optimizer, state=state):
-                seen.append({name: values.detach().clone() for name, values in state.values.items()})
+                seen.append(
+                    {name: values.detach().clone() for name, values in state.values.items()}
+                )
                 state.update(progress, optimizer)
                 seen.append(dict(state.positions))
 
@@ -189,31 +216,54 @@ def test_what_outgrew_the_threshold_keeps_its_value_from_then_on(build, batches)
     assert sum(len(i) for i in kept.values()) < sum(len(i) for i in first.values())
 
 
-@pytest.mark.parametrize(("reselect", "expected"), [(1, 1), (5, 5), (0.5, 4), (0.25, 2), (0.01, 1), (None, None)])
-def test_the_reselection_takes_place_once_after_its_step_or_fraction(build, batches, reselect, expected):
+@pytest.mark.parametrize(
+    ("reselect", "expected"), [(1, 1), (5, 5), (0.5, 4), (0.25, 2), (0.01, 1), (None, None)]
+)
+def test_the_reselection_takes_place_once_after_its_step_or_fraction(
+    build, batches, reselect, expected
+):
     model, sizes = build("toy"), []
     method = sara(model, threshold=0.1, epochs=2, lr=0.02, lam=0.0, reselect=reselect)
     phases, states = caught(method)
-    sl.fit(model, phases, batches("toy", 4), on_step=lambda record: sizes.append(states[0].selection.count))
+    sl.fit(
+        model,
+        phases,
+        batches("toy", 4),
+        on_step=lambda record: sizes.append(states[0].selection.count),
+    )
     assert len(sizes) == 8
-    changes = [step + 1 for step in range(8) if sizes[step] != ([states[0].counts[0], *sizes])[step]]
+    changes = [
+        step + 1 for step in range(8) if sizes[step] != ([states[0].counts[0], *sizes])[step]
+    ]
     assert changes == ([] if expected is None else [expected])
     assert states[0].selection.count == states[0].counts[-1]
 
 
 @pytest.mark.parametrize("reselect", [4, 9, 0.99])
-def test_a_reselection_behind_the_phase_s_end_raises_before_the_first_step(build, batches, reselect):
+def test_a_reselection_behind_the_phase_s_end_raises_before_the_first_step(
+    build, batches, reselect
+):
     model = build("toy")
     before = sl.snapshot(model)
-    with pytest.raises(ValueError, match=rf"reselect={reselect} is not before the end of a phase of 4 steps"):
-        sl.fit(model, sara(model, threshold=0.1, epochs=1, lam=0.0, reselect=reselect), batches("toy", 4))
+    with pytest.raises(
+        ValueError, match=rf"reselect={reselect} is not before the end of a phase of 4 steps"
+    ):
+        sl.fit(
+            model,
+            sara(model, threshold=0.1, epochs=1, lam=0.0, reselect=reselect),
+            batches("toy", 4),
+        )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     ordinary(model, before)
 
 
 def test_a_tensor_may_lose_all_its_weights_and_training_goes_on(build, batches):
-    model = build("bert")  # its biases start at zero: at a large rate they all grow over a small threshold
-    method = sara(model, threshold=5e-3, epochs=2, lr=4e-3, lam=0.0, reselect=2, schedule=sl.constant)
+    model = build(
+        "bert"
+    )  # its biases start at zero: at a large rate they all grow over a small threshold
+    method = sara(
+        model, threshold=5e-3, epochs=2, lr=4e-3, lam=0.0, reselect=2, schedule=sl.constant
+    )
     phases, states = caught(method)
     records = sl.fit(model, phases, batches("bert", 4))
     empty = [name for name, positions in states[0].positions.items() if len(positions) == 0]
@@ -230,8 +280,12 @@ def test_no_small_weight_left_raises_and_gives_the_model_back(build, batches):
         model.norm.bias.add_(1.0)
     before = sl.snapshot(model)
     model.first.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"no selected weight is below 0.0\d+ after step 2; lower lr"):
-        sl.fit(model, sara(model, budget=3, epochs=1, lr=1.0, lam=0.0, reselect=2), batches("toy", 4))
+    with pytest.raises(
+        ValueError, match=r"no selected weight is below 0.0\d+ after step 2; lower lr"
+    ):
+        sl.fit(
+            model, sara(model, budget=3, epochs=1, lr=1.0, lam=0.0, reselect=2), batches("toy", 4)
+        )
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
     model.first.weight.requires_grad_(True)
     ordinary(model, before)
@@ -257,7 +311,12 @@ def sparse(rows, columns, k, seed=0):
 
 
 def full(values, index, shape):
-    return torch.zeros(shape, dtype=values.dtype).reshape(-1).index_put((index,), values).reshape(shape)
+    return (
+        torch.zeros(shape, dtype=values.dtype)
+        .reshape(-1)
+        .index_put((index,), values)
+        .reshape(shape)
+    )
 
 
 @pytest.mark.parametrize(("rows", "columns", "k"), [(9, 6, 40), (6, 9, 40), (7, 7, 49)])
@@ -269,11 +328,14 @@ def test_the_norm_and_its_gradient_are_autograd_s_through_the_whole_matrix(rows,
     assert torch.linalg.matrix_rank(matrix) == min(rows, columns)
     expected = torch.linalg.svdvals(matrix).sum()
     torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found, torch.autograd.grad(3 * expected, values)[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(3 * expected, values)[0], rtol=1e-9, atol=1e-12
+    )
 
 
 def test_a_singular_matrix_gets_the_subgradient_of_least_norm():
-    # Rank one, 3 x 3, in a matrix with empty rows and columns: u v^T is the only part of U V^T that is not arbitrary.
+    # Rank one, 3 x 3, in a matrix with empty rows and columns: u v^T is the only part of U V^T that
+    # is not arbitrary.
     u, v = torch.tensor([1.0, -2.0, 2.0]).double(), torch.tensor([2.0, 3.0, 6.0]).double()
     index = torch.tensor([row * 8 + column for row in (1, 3, 4) for column in (0, 5, 7)])
     values = torch.outer(u, v).reshape(-1).requires_grad_()
@@ -298,7 +360,11 @@ def test_the_penalty_is_lambda_times_the_norm_of_each_large_matrix_in_turn(build
     for name in selection.indices:
         matrix = model.get_parameter(name).detach() * masks[name]
         if matrix.dim() == 2 and min(matrix.shape) > 11:
-            expected[name] = 0.5 * float(torch.linalg.svdvals(matrix).sum()) * (int(masks[name].sum()) > module.FEWEST)
+            expected[name] = (
+                0.5
+                * float(torch.linalg.svdvals(matrix).sum())
+                * (int(masks[name].sum()) > module.FEWEST)
+            )
     with sl.masked(model, selection, shrinks=True) as training:
         state = SaRASchedule(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
         assert "bert.embeddings.word_embeddings.weight" in expected
@@ -322,8 +388,12 @@ def test_the_nuclear_norm_shrinks_under_its_loss_and_is_in_the_records(build, ba
         masks = smaller_than(model, 0.03).masks()
         method = sara(model, threshold=0.03, epochs=4, lr=1e-3, lam=lam, min_side=11, reselect=0.5)
         records = sl.fit(model, method, batches("bert", 10))
-        matrices = [p.detach() * masks[name] for name, p in sl.weights(model).items() if min(p.shape) > 11]
-        norms[lam] = sum(float(torch.linalg.svdvals(matrix).sum()) for matrix in matrices if matrix.dim() == 2)
+        matrices = [
+            p.detach() * masks[name] for name, p in sl.weights(model).items() if min(p.shape) > 11
+        ]
+        norms[lam] = sum(
+            float(torch.linalg.svdvals(matrix).sum()) for matrix in matrices if matrix.dim() == 2
+        )
         assert any(r["penalty"] > 0 for r in records) == (lam > 0)
     assert norms[0.5] < 0.9 * norms[0.0]
 
@@ -332,7 +402,9 @@ def test_the_norm_of_a_matrix_below_the_threshold_as_a_whole(build, batches):
     model = build("bert")
     with torch.no_grad():
         model.bert.encoder.layer[0].intermediate.dense.weight.mul_(1e-3)
-        expected = 0.5 * float(torch.linalg.svdvals(model.bert.encoder.layer[0].intermediate.dense.weight).sum())
+        expected = 0.5 * float(
+            torch.linalg.svdvals(model.bert.encoder.layer[0].intermediate.dense.weight).sum()
+        )
     method = sara(model, threshold=1e-3, epochs=1, lr=1e-9, lam=0.5, min_side=11, reselect=None)
     records = sl.fit(model, method, batches("bert", 30))
     # The other matrices have few weights below it.
@@ -342,7 +414,10 @@ def test_the_norm_of_a_matrix_below_the_threshold_as_a_whole(build, batches):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lam": 5e-4}, "lam=0.0005 weighs the nuclear norm of no matrix: none has more than 100 selected weights"),
+        (
+            {"lam": 5e-4},
+            "lam=0.0005 weighs the nuclear norm of no matrix: none has more than 100 selected weights",
+        ),
         ({"lam": -1.0}, "lam=-1.0 must not be negative"),
         ({"lam": math.nan}, "lam=nan must not be negative"),
         ({"budget": 5}, "give one of threshold"),
@@ -361,7 +436,11 @@ def test_bad_input_raises_and_changes_nothing(build, batches, options, message):
     model = build("toy")
     before = sl.snapshot(model)
     with pytest.raises(ValueError, match=message):
-        sl.fit(model, sara(model, **{"threshold": 0.1, "epochs": 1, "lam": 0.0, **options}), batches("toy", 4))
+        sl.fit(
+            model,
+            sara(model, **{"threshold": 0.1, "epochs": 1, "lam": 0.0, **options}),
+            batches("toy", 4),
+        )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     ordinary(model, before)
 
@@ -374,8 +453,13 @@ def test_the_defaults_are_the_authors(build):
     assert {group["weight_decay"] for group in phase.groups} == {1e-2}
     assert {group["schedule"] for group in phase.groups} == {sl.cosine_decay}
     assert (state.lam, state.reselect, phase.epochs) == (5e-4, 0.5, 3)
-    (phase,) = sara(model, threshold=0.02, epochs=3, min_side=11, lr=0.2, lr_head=0.1, weight_decay=0.0)
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(0.2, 0.0), (0.1, 0.0)]
+    (phase,) = sara(
+        model, threshold=0.02, epochs=3, min_side=11, lr=0.2, lr_head=0.1, weight_decay=0.0
+    )
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
+        (0.2, 0.0),
+        (0.1, 0.0),
+    ]
 
 
 @pytest.mark.usefixtures("meta_default")

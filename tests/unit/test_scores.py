@@ -24,12 +24,17 @@ def gradients(model, batch, loss=sl.model_loss):
     """The gradient of the mean loss for every candidate."""
     parameters = sl.weights(model)
     found = torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for (n, p), g in zip(parameters.items(), found, strict=True)
+    }
 
 
 def samples(data):
     return [
-        {key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(len(batch["labels"]))
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in data
+        for i in range(len(batch["labels"]))
     ]
 
 
@@ -96,7 +101,9 @@ def test_scores_on_a_gpu_are_those_of_the_cpu_and_stay_there(build, batches, acc
     model = build("bert").to(accelerator)
     found = GRADIENT_SCORES[score](model, batches("bert", 2, device=accelerator))
     assert {value.device.type for value in found.values()} == {accelerator}
-    torch.testing.assert_close({n: v.cpu() for n, v in found.items()}, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        {n: v.cpu() for n, v in found.items()}, expected, rtol=1e-3, atol=1e-6
+    )
     one, other = (sl.select(scores, 0.5) for scores in (found, expected))
     assert one.count == other.count
     assert one.overlap(other) > 0.99
@@ -125,7 +132,10 @@ def twice(model, batch):
     """A loss with two passes through the model, and a gradient of its own on the way."""
     first = model(**batch).loss
     (inner,) = torch.autograd.grad(first, list(sl.weights(model).values())[:1], retain_graph=True)
-    return inner.square().sum() * first + model(**{**batch, "labels": batch["labels"].flip(0)}).loss ** 2
+    return (
+        inner.square().sum() * first
+        + model(**{**batch, "labels": batch["labels"].flip(0)}).loss ** 2
+    )
 
 
 @pytest.mark.parametrize("kind", ["toy", "bert", "bert_tied", "llama", "gpt2"])
@@ -167,7 +177,9 @@ def test_a_function_that_gives_no_gradient_leaves_a_score_of_zero(build, batches
 
     model = build("toy")
     model.spare = nn.Linear(2, 2)
-    found = sl.squared_gradient(model, batches("toy", 1), loss=lambda m, b: Blocks.apply(m(**b).loss, m.spare.weight))
+    found = sl.squared_gradient(
+        model, batches("toy", 1), loss=lambda m, b: Blocks.apply(m(**b).loss, m.spare.weight)
+    )
     assert found["first.weight"].any()
     assert not found["spare.weight"].any()
 
@@ -195,7 +207,9 @@ def test_true_fisher_converges_to_the_expectation_over_the_model_s_own_labels(bu
     found = sl.squared_gradient(model, [many], labels="model", seed=1)["second.weight"] / 600
     assert (found / expected["second.weight"] - 1).abs().median() < 0.1
     observed = sl.squared_gradient(model, [batch])["second.weight"]
-    assert (observed / expected["second.weight"] - 1).abs().median() > 0.2  # the given label is another score
+    assert (
+        observed / expected["second.weight"] - 1
+    ).abs().median() > 0.2  # the given label is another score
 
 
 def test_true_fisher_is_a_function_of_its_seed_and_ignores_the_given_labels(build, batches):
@@ -209,18 +223,24 @@ def test_true_fisher_is_a_function_of_its_seed_and_ignores_the_given_labels(buil
     assert not torch.equal(one["first.weight"], other["first.weight"])
 
 
-def test_expected_fisher_weighs_every_class_with_its_probability_and_ignores_the_given_labels(build, batches):
+def test_expected_fisher_weighs_every_class_with_its_probability_and_ignores_the_given_labels(
+    build, batches
+):
     model, data = build("toy").double(), batches("toy", 2)
     expected = {name: torch.zeros_like(p) for name, p in sl.weights(model).items()}
     for sample in samples(data):
         probabilities = model(**sample).logits.softmax(-1)[0].detach()
         for label, probability in enumerate(probabilities):
-            for name, gradient in gradients(model, {**sample, "labels": torch.tensor([label])}).items():
+            for name, gradient in gradients(
+                model, {**sample, "labels": torch.tensor([label])}
+            ).items():
                 expected[name] += probability * gradient**2
     assert_close(sl.expected_squared_gradient(model, data), expected)
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in data]
     assert_close(sl.expected_squared_gradient(model, unlabelled), expected)
-    assert "second.weight" not in sl.expected_squared_gradient(model, data, head=("second", "classifier"))
+    assert "second.weight" not in sl.expected_squared_gradient(
+        model, data, head=("second", "classifier")
+    )
 
 
 def test_expected_fisher_is_the_mean_of_draws(build, batches):
@@ -232,7 +252,9 @@ def test_expected_fisher_is_the_mean_of_draws(build, batches):
 
 
 def test_expected_fisher_of_a_language_model_raises(build, batches):
-    with pytest.raises(ValueError, match=r"logits have shape \(3, 7, 53\), not \(samples, classes\)"):
+    with pytest.raises(
+        ValueError, match=r"logits have shape \(3, 7, 53\), not \(samples, classes\)"
+    ):
         sl.expected_squared_gradient(build("llama"), batches("llama", 1))
 
 
@@ -248,7 +270,9 @@ def test_what_is_excluded_scores_zero_and_the_rest_is_not_copied(build):
         assert (score is scores[name]) != out
         assert torch.equal(scores[name], kept[name])
     assert not sl.exclude(scores, "bert.pooler")["bert.pooler.dense.weight"].any()
-    with pytest.raises(ValueError, match=r"frozen='bert.embed' names no parameter; give names or prefixes"):
+    with pytest.raises(
+        ValueError, match=r"frozen='bert.embed' names no parameter; give names or prefixes"
+    ):
         sl.exclude(scores, ("bert.pooler", "bert.embed"))
 
 
@@ -258,7 +282,9 @@ def test_gradient_magnitude_and_taylor_are_their_formulas(build, batches):
     total = {name: parts[0][name] + parts[1][name] for name in parts[0]}
     weights = sl.weights(model)
     assert_close(sl.gradient_magnitude(model, data), {n: g.abs() for n, g in total.items()})
-    assert_close(sl.taylor(model, data), {n: (g * weights[n].detach()).abs() for n, g in total.items()})
+    assert_close(
+        sl.taylor(model, data), {n: (g * weights[n].detach()).abs() for n, g in total.items()}
+    )
 
     each = [gradients(model, sample) for sample in samples(data)]
     expected = {}
@@ -307,7 +333,9 @@ def test_uniform_is_a_function_of_its_seed_and_never_zero(build):
     scores = sl.random_scores(model, 0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(0 < float(score.min()) <= float(score.max()) <= 1 for score in scores.values())
-    assert torch.equal(scores["first.weight"], sl.random_scores(copy.deepcopy(model).half(), 0)["first.weight"])
+    assert torch.equal(
+        scores["first.weight"], sl.random_scores(copy.deepcopy(model).half(), 0)["first.weight"]
+    )
     assert not torch.equal(scores["first.weight"], sl.random_scores(model, 1)["first.weight"])
 
 
@@ -332,8 +360,12 @@ def test_no_batch_raises(build, score):
 
 
 def test_a_loss_that_is_not_finite_is_named(build, batches):
-    with pytest.raises(ValueError, match=r"scores\['embedding.weight'\] has a value that is not finite"):
-        sl.squared_gradient(build("toy"), batches("toy", 1), loss=lambda m, b: m(**b).loss * float("nan"))
+    with pytest.raises(
+        ValueError, match=r"scores\['embedding.weight'\] has a value that is not finite"
+    ):
+        sl.squared_gradient(
+            build("toy"), batches("toy", 1), loss=lambda m, b: m(**b).loss * float("nan")
+        )
 
 
 @pytest.mark.parametrize(
@@ -351,10 +383,14 @@ def test_an_unknown_option_is_named(build, batches, call, message):
 
 def test_a_half_precision_model_is_scored_in_float32(build, batches):
     model = build("toy").bfloat16()
-    data = batches("toy", 1, size=1) * 600  # bfloat16 has eight bits: a sum of 600 equal terms would stop at 256
+    data = (
+        batches("toy", 1, size=1) * 600
+    )  # bfloat16 has eight bits: a sum of 600 equal terms would stop at 256
     one = sl.squared_gradient(model, data[:1])["second.weight"]
     assert one.dtype == torch.float32
-    torch.testing.assert_close(sl.squared_gradient(model, data)["second.weight"], 600 * one, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        sl.squared_gradient(model, data)["second.weight"], 600 * one, rtol=1e-4, atol=0
+    )
 
 
 def test_a_tied_weight_is_scored_with_the_gradient_of_both_its_uses(build, batches):

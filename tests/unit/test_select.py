@@ -91,7 +91,9 @@ def test_select_is_a_stable_sort(case, largest, chunk):
             with pytest.raises(ValueError, match="zero for every weight"):
                 sl.select(scores, k, largest=largest)
         elif largest and every.count_nonzero() < k:
-            with pytest.raises(ValueError, match=f"asks for {k} weights, but only {every.count_nonzero()} scores"):
+            with pytest.raises(
+                ValueError, match=f"asks for {k} weights, but only {every.count_nonzero()} scores"
+            ):
                 sl.select(scores, k)
         else:
             made = Made(scores.get, scores)
@@ -100,7 +102,9 @@ def test_select_is_a_stable_sort(case, largest, chunk):
             assert found.shapes == {name: tuple(score.shape) for name, score in scores.items()}
             assert as_lists(found) == stable_sort(scores, k, largest)
             assert made.most == 1
-            assert max(made.made.values()) <= (6 if torch.float64 in (scores["a"].dtype, scores["b"].dtype) else 3)
+            assert max(made.made.values()) <= (
+                6 if torch.float64 in (scores["a"].dtype, scores["b"].dtype) else 3
+            )
     finally:
         select_module.CHUNK = usual
 
@@ -121,7 +125,11 @@ def test_no_tensor_made_on_the_way_is_longer_than_a_chunk_or_a_histogram(monkeyp
             return out
 
     monkeypatch.setattr(select_module, "CHUNK", 5000)
-    scores = {"a": torch.randn(200, 500), "b": torch.randn(90_000).bfloat16(), "c": torch.randn(700, 100)}
+    scores = {
+        "a": torch.randn(200, 500),
+        "b": torch.randn(90_000).bfloat16(),
+        "c": torch.randn(700, 100),
+    }
     given = {score.untyped_storage().data_ptr() for score in scores.values()}
     with Sizes():
         found = sl.select(scores, 0.1)
@@ -131,12 +139,18 @@ def test_no_tensor_made_on_the_way_is_longer_than_a_chunk_or_a_histogram(monkeyp
 
 def test_scores_that_change_from_one_pass_to_the_next_are_refused():
     scores = Made(lambda name: torch.rand(1000), "ab")
-    with pytest.raises(ValueError, match=r"scores changed from one pass to the next: \d+ of them, not 100, were found"):
+    with pytest.raises(
+        ValueError,
+        match=r"scores changed from one pass to the next: \d+ of them, not 100, were found",
+    ):
         sl.select(scores, 100)
 
 
 def test_quantised_scores_give_the_same_indices_under_any_number_of_threads():
-    scores = {"a": torch.randn(300, 500).mul(4).round().div(4), "b": torch.randn(70_000).bfloat16().float()}
+    scores = {
+        "a": torch.randn(300, 500).mul(4).round().div(4),
+        "b": torch.randn(70_000).bfloat16().float(),
+    }
     threads = torch.get_num_threads()
     try:
         found = []
@@ -172,9 +186,13 @@ def test_gradient_scores_select_the_same_but_for_rounding_at_the_cutoff(build, b
         torch.set_num_threads(threads)
     a, b = sl.select(one, 0.05), sl.select(two, 0.05)
     cutoff = min(float(one[name].reshape(-1)[index].min()) for name, index in a.indices.items())
-    only_one_side = {name: (a.masks()[name] ^ b.masks()[name]).nonzero(as_tuple=True) for name in a.shapes}
+    only_one_side = {
+        name: (a.masks()[name] ^ b.masks()[name]).nonzero(as_tuple=True) for name in a.shapes
+    }
     differing = torch.cat([one[name][where] for name, where in only_one_side.items()])
-    assert torch.equal((differing / cutoff - 1).abs() <= 1e-5, torch.ones(len(differing), dtype=torch.bool))
+    assert torch.equal(
+        (differing / cutoff - 1).abs() <= 1e-5, torch.ones(len(differing), dtype=torch.bool)
+    )
     assert a.overlap(b) > 0.99  # and the rule is not met by comparing nothing
 
 
@@ -183,8 +201,18 @@ def test_gradient_scores_select_the_same_but_for_rounding_at_the_cutoff(build, b
     [
         ({}, 1, ValueError, "scores is empty"),
         ({"w": torch.arange(3)}, 1, ValueError, r"scores\['w'\] has dtype torch.int64"),
-        ({"v": torch.ones(3), "w": torch.ones(3, device="meta")}, 1, ValueError, r"scores\['w'\] .* on meta"),
-        ({"w": torch.tensor([1.0, float("nan")])}, 1, ValueError, r"scores\['w'\] has a value that is not finite"),
+        (
+            {"v": torch.ones(3), "w": torch.ones(3, device="meta")},
+            1,
+            ValueError,
+            r"scores\['w'\] .* on meta",
+        ),
+        (
+            {"w": torch.tensor([1.0, float("nan")])},
+            1,
+            ValueError,
+            r"scores\['w'\] has a value that is not finite",
+        ),
         ({"w": torch.tensor([1.0, float("inf")])}, 1, ValueError, "not finite"),
         ({"w": torch.tensor([1.0, -float("inf")])}, 1, ValueError, "not finite"),
         ({"v": torch.zeros(2), "w": torch.zeros(2)}, 1, ValueError, "zero for every weight"),
@@ -207,7 +235,9 @@ def test_bad_scores_and_budgets_are_named(scores, budget, error, message):
 def test_a_fraction_may_refer_to_the_whole_model():
     scores = {"w": torch.rand(10) + 1}
     assert sl.select(scores, 0.05, of=100).count == 5
-    with pytest.raises(ValueError, match=r"budget=0\.2 asks for 20 weights, but only 10 scores are non-zero"):
+    with pytest.raises(
+        ValueError, match=r"budget=0\.2 asks for 20 weights, but only 10 scores are non-zero"
+    ):
         sl.select(scores, 0.2, of=100)
     with pytest.raises(ValueError, match=r"asks for 20 weights, but only 10 scores are there"):
         sl.select(scores, 0.2, of=100, largest=False)
@@ -320,5 +350,8 @@ def test_selecting_makes_its_tensors_on_the_cpu_whatever_the_default_device():
     assert sl.random_nonzero(scores, 10, 0).count == 10
     assert selection.overlap(selection) == 1
     model = nn.Linear(3, 2, device="cpu")
-    assert sl.select_tensors(model, lambda name, _: name == "bias").indices["bias"].tolist() == [0, 1]
+    assert sl.select_tensors(model, lambda name, _: name == "bias").indices["bias"].tolist() == [
+        0,
+        1,
+    ]
     assert sl.select(sl.random_scores(model, 0), 3).count == 3

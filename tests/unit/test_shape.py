@@ -10,7 +10,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "selective_lite"
 FLOORS = ("", "ship", "methods", "lab")  # ground <- ship <- methods <- lab, by the folder's name
 DOOR = Path("__init__.py")  # it gives what the floors hold, and is on none
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 
 
 def code_lines(text):
@@ -20,7 +27,10 @@ def code_lines(text):
         if token.type not in LAYOUT:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
 
@@ -35,7 +45,9 @@ def imports(text, place):
             path = path if node.level else path[1:] if path[0] == "selective_lite" else None
             if path is not None:
                 module = [part for part in path if part]
-                found |= {"/".join([*module, alias.name]) for alias in node.names} | {"/".join(module)}
+                found |= {"/".join([*module, alias.name]) for alias in node.names} | {
+                    "/".join(module)
+                }
         elif isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
             found |= {"/".join(name[1:]) for name in names if name[0] == "selective_lite"}
@@ -94,10 +106,18 @@ def test_a_method_has_at_most_150_lines():
         ("training.py", "from .ship.delta import Delta\n", {"ship/delta", "ship/delta/Delta"}),
         ("methods/__init__.py", "from ..lab import tasks\n", {"lab", "lab/tasks"}),
         ("__init__.py", "from .ship.delta import Delta\n", set()),
-        ("ship/delta.py", "from ..methods.fish import fish\n", {"methods/fish", "methods/fish/fish"}),
+        (
+            "ship/delta.py",
+            "from ..methods.fish import fish\n",
+            {"methods/fish", "methods/fish/fish"},
+        ),
         ("ship/delta.py", "from ..params import weights\nfrom .gaps import pack\n", set()),
         ("methods/fish.py", "from ..lab import tasks\n", {"lab", "lab/tasks"}),
-        ("methods/fish.py", "from selective_lite.lab.tasks import Task\n", {"lab/tasks", "lab/tasks/Task"}),
+        (
+            "methods/fish.py",
+            "from selective_lite.lab.tasks import Task\n",
+            {"lab/tasks", "lab/tasks/Task"},
+        ),
         ("methods/fish.py", "from ..select import select\nfrom .sweep import tau_for\n", set()),
         ("lab/plots.py", "from ..methods.fish import fish\nfrom ..select import select\n", set()),
     ],
@@ -122,5 +142,8 @@ def circle(graph):
 
 def test_no_import_goes_in_a_circle():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set(), "e": {"d"}}) == {"a", "b", "c"}
-    graph = {path.with_suffix("").as_posix(): imports(text, path) for path, text in sources("**/*.py").items()}
+    graph = {
+        path.with_suffix("").as_posix(): imports(text, path)
+        for path, text in sources("**/*.py").items()
+    }
     assert circle(graph) == set()

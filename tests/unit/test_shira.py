@@ -42,9 +42,13 @@ def test_peft_computes_what_the_delta_does(build, batches, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    layers = [module for module in loaded.modules() if isinstance(module, peft.tuners.shira.ShiraLayer)]
+    layers = [
+        module for module in loaded.modules() if isinstance(module, peft.tuners.shira.ShiraLayer)
+    ]
     assert len(layers) == 2 + 2 * 2
-    assert {layer.r["default"] for layer in layers} == {2}  # 30 entries need 2 (12 + 12) in every layer
+    assert {layer.r["default"] for layer in layers} == {
+        2
+    }  # 30 entries need 2 (12 + 12) in every layer
 
 
 def test_a_model_without_a_new_head_fits_too(build, batches, tmp_path):
@@ -75,7 +79,9 @@ def test_only_the_layers_of_the_delta_are_adapted(tmp_path):
     sl.to_shira(sl.diff(base, tuned), base, tmp_path)
     x = torch.randn(4, 5)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    layers = [module for module in loaded.modules() if isinstance(module, peft.tuners.shira.ShiraLayer)]
+    layers = [
+        module for module in loaded.modules() if isinstance(module, peft.tuners.shira.ShiraLayer)
+    ]
     assert len(layers) == 1
     torch.testing.assert_close(loaded(x), tuned(x))
 
@@ -97,7 +103,10 @@ def _modules(model):
 
 REFUSED = [
     (_biases, "'bert.encoder.layer.0.attention.self.query.bias' is bias of a Linear"),
-    (lambda model: shift(model, {"word_embeddings.weight": 3}), "embeddings.weight' is weight of a Embedding"),
+    (
+        lambda model: shift(model, {"word_embeddings.weight": 3}),
+        "embeddings.weight' is weight of a Embedding",
+    ),
     (_dense, "this delta has 'bert.pooler.dense.bias'"),
     (_modules, "this delta has 'bert.pooler.dense.weight'"),
 ]

@@ -45,11 +45,15 @@ def test_it_starts_as_the_base_and_trains_factors_gates_and_head(build, batches,
         heads = sl.head_weights(model).values()
         assert inside == {id(p) for p in (*update.factors(), *update.gates(), *heads)}
         assert [id(p) for p in update.dense_parameters()] == [id(p) for p in heads]
-        assert all((made.gate != 0).all() and (made.B == 0).all() for made in update.updates.values())
+        assert all(
+            (made.gate != 0).all() and (made.B == 0).all() for made in update.updates.values()
+        )
         assert update.ranks() == dict.fromkeys(update.updates, 2)
     ordinary(model, before)
     assert list(model.state_dict()) == keys
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [next(iter(before))]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        next(iter(before))
+    ]
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -122,7 +126,9 @@ def test_a_module_whose_ranks_are_all_closed_is_the_base_again():
         update.prune()
         assert update.ranks() == {"weight": 0}
         assert torch.equal(layer(x), base)
-        with pytest.raises(ValueError, match="every rank is closed, nothing is left to export; lower lam"):
+        with pytest.raises(
+            ValueError, match="every rank is closed, nothing is left to export; lower lam"
+        ):
             update.export()
     assert torch.equal(layer.weight, weight)
 
@@ -149,7 +155,9 @@ def test_peft_loads_the_export_as_a_smaller_plain_lora(build, batches, kind, whe
             update.close()
         tensors, config = update.export()
     names = {name.removesuffix(".weight") for name in ranks}
-    assert set(tensors) == {f"base_model.model.{n}.lora_{part}.weight" for n in names for part in "AB"}
+    assert set(tensors) == {
+        f"base_model.model.{n}.lora_{part}.weight" for n in names for part in "AB"
+    }
     assert sum(t.numel() for t in tensors.values()) == sum(
         rank * sum(base.get_parameter(name).shape) for name, rank in ranks.items()
     )
@@ -167,8 +175,12 @@ def test_peft_loads_the_export_as_a_smaller_plain_lora(build, batches, kind, whe
 def test_the_export_names_its_modules_exactly():
     from peft import LoraConfig, get_peft_model
 
-    # `up` also ends the name of `block.up`, and `xblockyup` would match a pattern whose dots are wild.
-    parts = {"up": nn.Linear(3, 3), "block": nn.ModuleDict({"up": nn.Linear(3, 3), "down": nn.Linear(3, 3)})}
+    # `up` also ends the name of `block.up`, and `xblockyup` would match a pattern whose dots are
+    # wild.
+    parts = {
+        "up": nn.Linear(3, 3),
+        "block": nn.ModuleDict({"up": nn.Linear(3, 3), "down": nn.Linear(3, 3)}),
+    }
     model = nn.ModuleDict(parts)
     with SoRA(model, rank=3) as update:
         trained(update, closed=0.0)
@@ -181,9 +193,15 @@ def test_the_export_names_its_modules_exactly():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = get_peft_model(model, LoraConfig(**config))
-    found = {n: m.r["default"] for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    found = {
+        n: m.r["default"]
+        for n, m in loaded.base_model.model.named_modules()
+        if hasattr(m, "lora_A")
+    }
     assert found == {"up": 1, "block.up": 2}
-    scaling = [m.scaling["default"] for m in loaded.base_model.model.modules() if hasattr(m, "lora_A")]
+    scaling = [
+        m.scaling["default"] for m in loaded.base_model.model.modules() if hasattr(m, "lora_A")
+    ]
     assert scaling == [1.0, 1.0]
 
 
@@ -250,7 +268,10 @@ def test_it_does_not_mix_with_itself_or_with_masked_training(build, pick):
     before = sl.snapshot(model)
     with SoRA(model, rank=2), pytest.raises(ValueError, match="already in masked or SoRA training"):
         SoRA(model, rank=2, targets=("first",))
-    with sl.masked(model, pick(model)), pytest.raises(ValueError, match="already in masked or SoRA training"):
+    with (
+        sl.masked(model, pick(model)),
+        pytest.raises(ValueError, match="already in masked or SoRA training"),
+    ):
         SoRA(model, rank=2)
     ordinary(model, before)
 
@@ -275,7 +296,9 @@ def test_xi_is_the_rate_of_the_step_times_lambda_times_its_schedule(build, batch
         sl.fit(model, [phase], batches("toy", 2))
         method.close()
         paths.append([step["xi"] for step in phase.after_step.__self__.path])
-    assert paths[0] == pytest.approx([0.2, 0.15, 0.1, 0.05])  # the rate decays to zero, and is not yet there
+    assert paths[0] == pytest.approx(
+        [0.2, 0.15, 0.1, 0.05]
+    )  # the rate decays to zero, and is not yet there
     assert paths[1] == pytest.approx([0.1, 0.075, 0.1, 0.05])
     assert paths[2] == pytest.approx([0.125] * 4)
 
@@ -318,7 +341,9 @@ def test_training_closes_ranks_prunes_them_merges_and_touches_nothing_else(build
     assert sum(len(gate) for gate in update.gates()) == opened[-1]  # pruned
     ordinary(model, before)
     assert update.closed
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [next(iter(before))]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        next(iter(before))
+    ]
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {*head, *(name for name, rank in update.ranks().items() if rank)}
     assert len(update.export()[0]) == 2 * sum(rank > 0 for rank in update.ranks().values())
@@ -327,7 +352,11 @@ def test_training_closes_ranks_prunes_them_merges_and_touches_nothing_else(build
 def test_gates_do_not_decay_and_the_head_has_its_rate(build):
     model = build("toy")
     (phase,) = sora(SoRA(model, rank=2), epochs=3, lr_head=0.1)
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(8e-4, 0.1), (8e-4, 0.0), (0.1, 0.1)]
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
+        (8e-4, 0.1),
+        (8e-4, 0.0),
+        (0.1, 0.1),
+    ]
     assert (phase.epochs, phase.clip) == (3, 0.1)
     proximal = phase.after_step.__self__
     assert proximal.lam * 8e-4 == pytest.approx(3e-4)  # the authors' xi
@@ -335,9 +364,13 @@ def test_gates_do_not_decay_and_the_head_has_its_rate(build):
 
 def test_the_staircase_has_equal_stages_and_ends_at_one():
     schedule = staircase(0.25, 4)
-    assert [schedule(step / 8) for step in range(1, 9)] == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0, 1.0])
+    assert [schedule(step / 8) for step in range(1, 9)] == pytest.approx(
+        [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
+    )
     assert schedule(0.0) == 0.25
-    assert [staircase(0.0, 10)(step / 10) for step in range(1, 11)] == pytest.approx([i / 9 for i in range(10)])
+    assert [staircase(0.0, 10)(step / 10) for step in range(1, 11)] == pytest.approx(
+        [i / 9 for i in range(10)]
+    )
     for start, stages in ((-0.1, 3), (1.1, 3), (0.5, 1)):
         with pytest.raises(ValueError, match=r"must be in \[0, 1\] and stages="):
             staircase(start, stages)
@@ -379,6 +412,8 @@ def test_the_updates_are_made_beside_the_weights():
     model = nn.Sequential(nn.Linear(4, 3, device="cpu"))
     data = [torch.ones(2, 4, device="cpu")]
     update = SoRA(model, rank=2)
-    records = sl.fit(model, sora(update, epochs=1), data, loss=lambda model, batch: model(batch).square().mean())
+    records = sl.fit(
+        model, sora(update, epochs=1), data, loss=lambda model, batch: model(batch).square().mean()
+    )
     assert math.isfinite(records[0]["loss"])
     assert {t.device.type for t in update.export()[0].values()} == {"cpu"}

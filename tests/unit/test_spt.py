@@ -60,7 +60,9 @@ def sweeps(draw):
     """Scores with many ties and zeros, and prices that a tensor's count may or may not reach."""
     scores, prices = {}, {}
     for i in range(draw(st.integers(1, 4))):
-        values = draw(st.lists(st.integers(0, 6) | st.floats(0, 1e3, width=32), min_size=1, max_size=12))
+        values = draw(
+            st.lists(st.integers(0, 6) | st.floats(0, 1e3, width=32), min_size=1, max_size=12)
+        )
         dtype = draw(st.sampled_from([torch.float32, torch.float64]))
         scores[f"t{i}"] = torch.tensor(values, dtype=dtype)
         enough = draw(st.integers(1, 14))
@@ -103,18 +105,25 @@ def test_the_tau_is_the_one_that_trying_all_of_them_finds(case, k, capped, data)
 
 def test_the_sweep_goes_on_over_the_chunks_of_a_tensor(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    scores = {n: torch.randint(1, 9, (size,), generator=generator).float() for n, size in (("a", 50), ("b", 23))}
+    scores = {
+        n: torch.randint(1, 9, (size,), generator=generator).float()
+        for n, size in (("a", 50), ("b", 23))
+    }
     charge = _charge({"a": (20, 33), "b": (9, 12)})
     every = charges_at_every_tau(scores, charge)
     monkeypatch.setattr(sys.modules["selective_lite.selection"], "CHUNK", 7)
     for k in range(1, every[-1] + 1):
-        assert crossing(scores, charge, k) == next(tau for tau, spent in enumerate(every) if spent >= k)
+        assert crossing(scores, charge, k) == next(
+            tau for tau, spent in enumerate(every) if spent >= k
+        )
 
 
 @pytest.mark.parametrize("taus", [[], [0, 3], [2, 2], [3, 2], [1, 7]])
 def test_taus_that_are_empty_do_not_increase_or_go_beyond_the_scores_raise(taus):
     scores = {"a": torch.tensor([1.0, 2, 3, 4, 5, 6, 0])}
-    with pytest.raises(ValueError, match=r"taus must increase within \[1, 6\], the number of non-zero scores"):
+    with pytest.raises(
+        ValueError, match=r"taus must increase within \[1, 6\], the number of non-zero scores"
+    ):
         tau_for(scores, lambda name, count: count, 2, taus=taus)
 
 
@@ -134,7 +143,9 @@ def ranked(*order):
     """Scores of `Small` by hand: names of tensors from the most sensitive entry to the least; the rest follows."""
     sizes = {"table.weight": (5, 2), "layer.weight": (6, 4), "layer.bias": (6,)}
     scores, used = {n: torch.zeros(size) for n, size in sizes.items()}, dict.fromkeys(sizes, 0)
-    rest = [name for name, size in sizes.items() for _ in range(math.prod(size) - order.count(name))]
+    rest = [
+        name for name, size in sizes.items() for _ in range(math.prod(size) - order.count(name))
+    ]
     for value, name in zip(range(40, 0, -1), [*order, *rest], strict=True):
         scores[name].view(-1)[used[name]] = value
         used[name] += 1
@@ -145,13 +156,16 @@ W, B, T = "layer.weight", "layer.bias", "table.weight"
 
 
 def test_an_allocation_by_hand():
-    # alpha = 5: the matrix is structured at 10 / 5 = 2 of its entries. beta = 2: the bias is whole at 3 of its 6.
+    # alpha = 5: the matrix is structured at 10 / 5 = 2 of its entries. beta = 2: the bias is whole
+    # at 3 of its 6.
     scores = ranked(T, W, B, T, W, B, B, T)
     charged = {1: 1, 2: 2, 3: 3, 4: 4, 5: 3 + 10, 6: 14, 7: 10 + 6 + 2, 8: 10 + 6 + 3}
     for tau, total in charged.items():
         found = allocate(Small(), scores, 10, rank=1, alpha=5, beta=2, taus=[tau, 40])
         assert (found.tau, found.charged) == (tau, total)
-    charged |= {tau: 11 + tau for tau in range(9, 16)}  # the rest of the table; what follows is paid for already
+    charged |= {
+        tau: 11 + tau for tau in range(9, 16)
+    }  # the rest of the table; what follows is paid for already
     for k in range(10, 27):
         nearest = min(charged.values(), key=lambda total: (abs(total - k), total))
         assert allocate(Small(), scores, k, rank=1, alpha=5, beta=2).charged == nearest
@@ -165,7 +179,10 @@ def test_an_allocation_by_hand():
 def test_a_threshold_that_is_no_integer_is_not_reached_below_it():
     # 10 / 4 = 2.5 and 6 / 4 = 1.5: three entries of the matrix and two of the bias.
     scores = ranked(W, W, B, W, B)
-    found = [allocate(Small(), scores, 10, rank=1, alpha=4, beta=4, taus=[tau, 40]).counts for tau in (3, 4, 5)]
+    found = [
+        allocate(Small(), scores, 10, rank=1, alpha=4, beta=4, taus=[tau, 40]).counts
+        for tau in (3, 4, 5)
+    ]
     assert [tuple(counts.values()) for counts in found] == [(0, 0, 3), (10, 0, 1), (10, 6, 0)]
 
 
@@ -265,7 +282,9 @@ def test_two_layers_that_share_a_weight_get_no_module():
     assert len(found.selection.indices["a.weight"]) == 36
 
 
-@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize(
+    "option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}]
+)
 def test_a_table_that_masked_training_refuses_takes_no_part(option):
     model = nn.Sequential(nn.Embedding(9, 6, **option), nn.Linear(6, 6))
     found = allocate(model, sl.random_scores(model, 0), 18, rank=1)
@@ -277,10 +296,18 @@ def test_excluded_tensors_and_tensors_without_a_score_take_no_part(build, sensit
     model, scores = build("bert"), dict(sensitivity("bert"))
     del scores["bert.pooler.dense.bias"]
     found = allocate(
-        model, scores, 300, rank=1, exclude=("bert.embeddings", "bert.encoder.layer.0.output.dense.weight")
+        model,
+        scores,
+        300,
+        rank=1,
+        exclude=("bert.embeddings", "bert.encoder.layer.0.output.dense.weight"),
     )
     expected = [n for n in sl.weights(model) if n.startswith("bert.embeddings.")]
-    assert list(found.left_out) == [*expected, "bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.bias"]
+    assert list(found.left_out) == [
+        *expected,
+        "bert.encoder.layer.0.output.dense.weight",
+        "bert.pooler.dense.bias",
+    ]
     assert not {*found.structured, *found.whole, *found.selection.indices} & set(found.left_out)
     one = allocate(model, scores, 300, rank=1, exclude="bert.embeddings")
     assert list(one.left_out) == [*expected, "bert.pooler.dense.bias"]
@@ -297,10 +324,18 @@ def test_a_fraction_is_of_all_candidates(build, sensitivity):
 def test_scores_of_any_dtype_give_the_same_and_the_model_is_not_touched(build, sensitivity):
     model = build("bert")
     scores = {n: s.bfloat16() for n, s in sensitivity("bert").items()}
-    mixed = {n: s.to((torch.float64, torch.float32, torch.bfloat16)[i % 3]) for i, (n, s) in enumerate(scores.items())}
+    mixed = {
+        n: s.to((torch.float64, torch.float32, torch.bfloat16)[i % 3])
+        for i, (n, s) in enumerate(scores.items())
+    }
     before, flags = sl.snapshot(model), [p.requires_grad for p in model.parameters()]
     one, other = allocate(model, scores, 400, rank=2), allocate(model, mixed, 400, rank=2)
-    assert (one.structured, one.whole, one.tau, one.counts) == (other.structured, other.whole, other.tau, other.counts)
+    assert (one.structured, one.whole, one.tau, one.counts) == (
+        other.structured,
+        other.whole,
+        other.tau,
+        other.counts,
+    )
     assert all(torch.equal(i, other.selection.indices[n]) for n, i in one.selection.indices.items())
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -325,13 +360,19 @@ BAD = {
         {"budget": 23},
         r"budget=23 is 23 weights, below 24, the charge of the smallest module at rank=1",
     ),
-    "above the reach": ({"budget": 3000}, r"budget asks for 3000 weights, but these tensors can take only \d+; lower"),
+    "above the reach": (
+        {"budget": 3000},
+        r"budget asks for 3000 weights, but these tensors can take only \d+; lower",
+    ),
     "above the model": ({"budget": 10**6}, r"budget=1000000 is outside \[1, \d+\]"),
     "no tau within": (
         {"spend": "capped", "taus": [500, 600]},
         r"budget asks for at most 300 weights, but the smallest tau, 500, charges",
     ),
-    "rank": ({"rank": 13}, r"rank=13 does not fit 'bert.encoder.layer.0.attention.self.query.weight'; .* 1 to 12"),
+    "rank": (
+        {"rank": 13},
+        r"rank=13 does not fit 'bert.encoder.layer.0.attention.self.query.weight'; .* 1 to 12",
+    ),
     "no rank": ({"rank": 0}, "rank=0 does not fit"),
     "kind": ({"kind": "dora"}, "kind='dora' is unknown"),
     "spend": ({"spend": "all"}, "spend='all' is unknown; choose 'nearest' or 'capped'"),
@@ -357,7 +398,10 @@ def test_bad_scores_raise(build, sensitivity):
     for bad, message in (
         ({"pooler": scores[bias]}, "scores holds 'pooler', which is no parameter"),
         ({bias: scores[bias][:-1]}, rf"scores\['{bias}'\] has shape \(11,\), the model \(12,\)"),
-        ({bias: scores[bias] * float("nan")}, rf"scores\['{bias}'\] has a value that is not finite"),
+        (
+            {bias: scores[bias] * float("nan")},
+            rf"scores\['{bias}'\] has a value that is not finite",
+        ),
         ({n: torch.zeros_like(s) for n, s in scores.items()}, "scores are zero for every weight"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -388,7 +432,9 @@ def mixed(build, sensitivity):
         model = build(name)
         found = allocate(model, sensitivity(name), small_budget(model), kind=kind, rank=1)
         if not all(found.counts.values()):  # the tiniest model needs another balance
-            found = allocate(model, sensitivity(name), small_budget(model), kind=kind, rank=1, alpha=4)
+            found = allocate(
+                model, sensitivity(name), small_budget(model), kind=kind, rank=1, alpha=4
+            )
         assert all(found.counts.values()), found.counts
         return model, found
 
@@ -413,7 +459,10 @@ def test_what_is_allocated_moves_and_everything_else_keeps_its_bits(mixed, batch
     assert [k for k in model.state_dict() if ".adapter." not in k] == keys
     assert [p.requires_grad for n, p in model.named_parameters() if ".adapter." not in n] == flags
     assert tuple(sl.adapters(model)) == allocation.structured
-    assert sum(p.numel() for p in adapter_parameters(model).values()) == allocation.counts["structured"]
+    assert (
+        sum(p.numel() for p in adapter_parameters(model).values())
+        == allocation.counts["structured"]
+    )
     assert all(p.any() for p in adapter_parameters(model).values())
 
     masks = allocation.selection.masks()
@@ -439,7 +488,9 @@ def unclipped(phases):
 
 
 @pytest.mark.parametrize("name", ["toy", "gpt2"])
-def test_a_step_is_the_gradient_s_step_for_modules_vectors_entries_and_head_at_their_rates(mixed, build, batches, name):
+def test_a_step_is_the_gradient_s_step_for_modules_vectors_entries_and_head_at_their_rates(
+    mixed, build, batches, name
+):
     model, allocation = mixed(name)
     model, reference = model.double(), build(name).double()
     for one in (model, reference):
@@ -467,21 +518,32 @@ def test_a_step_is_the_gradient_s_step_for_modules_vectors_entries_and_head_at_t
         elif n in allocation.whole:
             expected = p - 0.1 * gradient
         else:
-            mask = masks[n] if n in allocation.selection.indices else torch.zeros_like(p, dtype=torch.bool)
+            mask = (
+                masks[n]
+                if n in allocation.selection.indices
+                else torch.zeros_like(p, dtype=torch.bool)
+            )
             expected = torch.where(mask, p - 0.1 * gradient, p)
         torch.testing.assert_close(model.get_parameter(n), expected, rtol=0, atol=1e-12, msg=n)
     for n, start, module in zip(allocation.structured, a, sl.adapters(model).values(), strict=True):
-        # B starts at zero: A gets no gradient in the first step, B gets the matrix's gradient times A^T.
+        # B starts at zero: A gets no gradient in the first step, B gets the matrix's gradient times
+        # A^T.
         gradient = reference.get_parameter(n).grad
         gradient = gradient.t() if name == "gpt2" else gradient
         torch.testing.assert_close(module.A.detach(), start, rtol=0, atol=0)
-        torch.testing.assert_close(module.B.detach(), -0.3 * gradient @ start.t(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            module.B.detach(), -0.3 * gradient @ start.t(), rtol=0, atol=1e-12
+        )
 
 
 def test_single_weights_and_vectors_are_not_decayed_modules_and_head_are(mixed):
     model, allocation = mixed("bert")
     (phase,) = spt(model, allocation, lr=0.1, epochs=2, weight_decay=0.3)
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [(0.1, 0.0), (0.1, 0.3), (0.1, 0.3)]
+    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
+        (0.1, 0.0),
+        (0.1, 0.3),
+        (0.1, 0.3),
+    ]
     sizes = [sum(p.numel() for p in group["params"]) for group in phase.groups]
     counts, head = allocation.counts, sum(p.numel() for p in sl.head_weights(model).values())
     assert sizes == [counts["whole"] + counts["unstructured"], counts["structured"], head]
@@ -498,7 +560,9 @@ def test_merged_the_model_has_the_base_s_tensors_alone_and_computes_the_same(mix
         torch.manual_seed(3)  # dropout
         sl.fit(model, spt(model, allocation, lr=0.01, epochs=2, merge=merge), batches("bert", 2))
         found[merge] = model(**batches("bert", 1)[0]).logits
-        assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["bert.pooler.dense.bias"]
+        assert [n for n, p in model.named_parameters() if not p.requires_grad] == [
+            "bert.pooler.dense.bias"
+        ]
     assert list(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == classes
     torch.testing.assert_close(found[True], found[False], rtol=0, atol=1e-10)
@@ -506,7 +570,9 @@ def test_merged_the_model_has_the_base_s_tensors_alone_and_computes_the_same(mix
 
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
 @pytest.mark.parametrize("name", ["bert", "llama", "vit"])
-def test_after_an_error_the_model_is_an_ordinary_one_with_its_names_and_flags(mixed, batches, name, kind):
+def test_after_an_error_the_model_is_an_ordinary_one_with_its_names_and_flags(
+    mixed, batches, name, kind
+):
     model, allocation = mixed(name, kind)
     next(iter(model.parameters())).requires_grad_(False)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -526,14 +592,19 @@ def test_after_an_error_the_model_is_an_ordinary_one_with_its_names_and_flags(mi
 
 def test_an_allocation_that_does_not_fit_raises_and_changes_nothing(mixed, build):
     model, allocation = mixed("bert")
-    for other, message in ((build("vit"), "is no parameter of this model"), (_shorter(build("bert")), r"is for shape")):
+    for other, message in (
+        (build("vit"), "is no parameter of this model"),
+        (_shorter(build("bert")), r"is for shape"),
+    ):
         before, keys = sl.snapshot(other), list(other.state_dict())
         classes = [type(m) for m in other.modules()]
         with pytest.raises(ValueError, match=message):
             next(spt(other, allocation, lr=0.01, epochs=1))
         assert list(other.state_dict()) == keys
         assert [type(m) for m in other.modules()] == classes
-        assert all(p.requires_grad and torch.equal(p, before[n]) for n, p in other.named_parameters())
+        assert all(
+            p.requires_grad and torch.equal(p, before[n]) for n, p in other.named_parameters()
+        )
     with pytest.raises(ValueError, match="epochs=0 of phase 'spt'"):
         next(spt(model, allocation, lr=0.01, epochs=0))
     assert sl.adapters(model) == {}
@@ -576,7 +647,11 @@ def test_a_model_of_several_dtypes_trains(mixed, batches):
     model.dropout.register_forward_hook(lambda module, inputs, output: output.float())
     sl.fit(model, spt(model, allocation, lr=0.01, epochs=1), batches("toy", 2))
     assert {p.dtype for p in sl.adapters(model)["first.weight"].parameters()} == {torch.float64}
-    assert all(p.dtype == model.get_parameter(n).dtype for n, m in sl.adapters(model).items() for p in m.parameters())
+    assert all(
+        p.dtype == model.get_parameter(n).dtype
+        for n, m in sl.adapters(model).items()
+        for p in m.parameters()
+    )
 
 
 # Shipped
@@ -584,7 +659,9 @@ def test_a_model_of_several_dtypes_trains(mixed, batches):
 
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
 @pytest.mark.parametrize("name", ["vit", "llama", "gpt2"])
-def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(mixed, build, batches, tmp_path, name, kind):
+def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(
+    mixed, build, batches, tmp_path, name, kind
+):
     model, allocation = mixed(name, kind)
     base, batch = build(name), batches(name, 1)[0]
     sl.fit(model, spt(model, allocation, lr=0.01, epochs=3), batches(name, 3))
@@ -594,7 +671,11 @@ def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(mixed, build, 
     assert 0.8 * allocation.charged < delta.count <= allocation.charged
     delta.save(tmp_path / "spt.safetensors")
 
-    keys, before, flags = list(base.state_dict()), sl.snapshot(base), [p.requires_grad for p in base.parameters()]
+    keys, before, flags = (
+        list(base.state_dict()),
+        sl.snapshot(base),
+        [p.requires_grad for p in base.parameters()],
+    )
     classes, plain = [type(m) for m in base.modules()], base(**batch).logits
     applied = sl.load(tmp_path / "spt.safetensors").apply(base)
     expected = dict(model.named_parameters())
@@ -606,5 +687,8 @@ def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(mixed, build, 
     assert list(base.state_dict()) == keys
     assert [type(m) for m in base.modules()] == classes
     assert [p.requires_grad for p in base.parameters()] == flags
-    assert all(p.detach().numpy().tobytes() == before[n].numpy().tobytes() for n, p in base.named_parameters())
+    assert all(
+        p.detach().numpy().tobytes() == before[n].numpy().tobytes()
+        for n, p in base.named_parameters()
+    )
     assert torch.equal(base(**batch).logits, plain)

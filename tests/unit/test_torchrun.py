@@ -58,11 +58,19 @@ torch.save({"before": before, "after": sl.snapshot(model), "masks": selection.ma
 
 
 def run(folder, processes, buffers):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, *launch, str(folder / "script.py"), str(folder), buffers]
     done = subprocess.run(
-        command, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
@@ -73,10 +81,14 @@ def test_two_processes_train_as_one_and_only_trained_values_travel(tmp_path):
     (alone,) = run(tmp_path, 1, "home")
     for name, before in alone["before"].items():
         assert torch.equal(first["after"][name], second["after"][name])
-        torch.testing.assert_close(first["after"][name], alone["after"][name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            first["after"][name], alone["after"][name], rtol=1e-9, atol=1e-12
+        )
         if not name.startswith("classifier"):
             mask = alone["masks"][name]
             assert torch.equal(first["after"][name][~mask], before[~mask])
     gradients = [count for name, count in first["sent"] if name == "allreduce_"]
     assert sum(gradients) == 2 * first["trained"]  # two steps were listened to
-    assert first["sent"] == [("allreduce_", count) for count in gradients]  # and nothing else was sent
+    assert first["sent"] == [
+        ("allreduce_", count) for count in gradients
+    ]  # and nothing else was sent

@@ -26,7 +26,10 @@ def test_records_tell_phase_step_and_loss(build, batches):
     def phases():
         yield phase(model, epochs=2)
         yield sl.Phase(
-            "second", [{"params": model.second.parameters(), "lr": 0.1}], 1, penalty=lambda: torch.tensor(2.5)
+            "second",
+            [{"params": model.second.parameters(), "lr": 0.1}],
+            1,
+            penalty=lambda: torch.tensor(2.5),
         )
 
     records = run(model, phases(), data, on_step=seen.append)
@@ -44,15 +47,21 @@ def test_a_step_is_the_optimizer_s_step_on_loss_plus_penalty(build, batches):
     def penalty(model):
         return 0.3 * model.first.weight.square().sum()
 
-    records = run(model, [phase(model, penalty=lambda: penalty(model))], data, optimizer=torch.optim.SGD)
+    records = run(
+        model, [phase(model, penalty=lambda: penalty(model))], data, optimizer=torch.optim.SGD
+    )
 
     loss = twin(**data[0]).loss
     (loss + penalty(twin)).backward()
     with torch.no_grad():
         for p in twin.first.parameters():
             p.add_(p.grad, alpha=-0.1)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert records == [{"phase": "only", "step": 1, "loss": loss.item(), "penalty": penalty(build("toy")).item()}]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+    assert records == [
+        {"phase": "only", "step": 1, "loss": loss.item(), "penalty": penalty(build("toy")).item()}
+    ]
 
 
 def test_every_group_follows_its_own_schedule(build, batches):
@@ -74,7 +83,9 @@ def test_every_group_follows_its_own_schedule(build, batches):
 
     def after_step(progress, optimizer):
         assert optimizer is optimizers[-1]
-        assert [group["lr"] for group in optimizer.param_groups] == [rates[number][-1] for number in range(3)]
+        assert [group["lr"] for group in optimizer.param_groups] == [
+            rates[number][-1] for number in range(3)
+        ]
         seen.append(progress)
 
     made, seen = sl.Phase("rates", groups, 1, before_step=before_step, after_step=after_step), []
@@ -93,7 +104,9 @@ def test_cosine_decay_falls_along_half_a_cosine():
 
 def test_every_group_is_clipped_by_itself(build, batches):
     model, data = build("toy"), batches("toy", 1)
-    groups = [{"params": list(module.parameters()), "lr": 1.0} for module in (model.first, model.second)]
+    groups = [
+        {"params": list(module.parameters()), "lr": 1.0} for module in (model.first, model.second)
+    ]
     norms = []
 
     def scale(progress, optimizer):
@@ -105,14 +118,26 @@ def test_every_group_is_clipped_by_itself(build, batches):
         class Watch(torch.optim.SGD):
             def step(self):
                 for group in self.param_groups:
-                    norms.append(float(torch.cat([p.grad.flatten() for p in group["params"]]).norm()))
+                    norms.append(
+                        float(torch.cat([p.grad.flatten() for p in group["params"]]).norm())
+                    )
 
         return Watch(groups)
 
-    run(model, [sl.Phase("clip", groups, 1, before_step=scale, clip=0.25)], data, optimizer=optimizer)
+    run(
+        model,
+        [sl.Phase("clip", groups, 1, before_step=scale, clip=0.25)],
+        data,
+        optimizer=optimizer,
+    )
     assert norms == pytest.approx([0.25, 0.25], rel=1e-4)
     norms.clear()
-    run(model, [sl.Phase("no clip", groups, 1, before_step=scale, clip=None)], data, optimizer=optimizer)
+    run(
+        model,
+        [sl.Phase("no clip", groups, 1, before_step=scale, clip=None)],
+        data,
+        optimizer=optimizer,
+    )
     assert min(norms) > 0.25
 
 
@@ -136,10 +161,24 @@ def test_hooks_run_around_the_step_in_order(build, batches):
         assert all(p.grad is not None for p in model.first.parameters())
         calls.append("before")
 
-    made = phase(model, before_step=before_step, after_step=lambda progress, _: calls.append(progress), epochs=2)
-    run(model, [made], data, loss=loss, optimizer=optimizer, on_step=lambda record: calls.append("record"))
+    made = phase(
+        model,
+        before_step=before_step,
+        after_step=lambda progress, _: calls.append(progress),
+        epochs=2,
+    )
+    run(
+        model,
+        [made],
+        data,
+        loss=loss,
+        optimizer=optimizer,
+        on_step=lambda record: calls.append("record"),
+    )
     assert calls == [
-        entry for progress in (0.25, 0.5, 0.75, 1.0) for entry in ("loss", "before", "step", progress, "record")
+        entry
+        for progress in (0.25, 0.5, 0.75, 1.0)
+        for entry in ("loss", "before", "step", progress, "record")
     ]
 
 
@@ -234,7 +273,9 @@ def test_a_loss_that_is_not_finite_raises_and_its_step_is_not_applied(build, bat
     ],
     ids=["fixed_mask", "dense"],
 )
-def test_an_error_inside_a_phase_leaves_an_ordinary_model_while_it_is_handled(build, batches, pick, method, error):
+def test_an_error_inside_a_phase_leaves_an_ordinary_model_while_it_is_handled(
+    build, batches, pick, method, error
+):
     model, data = build("toy"), batches("toy", 2)
     model.first.weight.requires_grad_(False)
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
@@ -266,7 +307,10 @@ def test_fixed_mask_trains_the_selection_and_the_head_at_their_rates(build, batc
     model, data = build("toy"), batches("toy", 4)
     selection, before = pick(model), sl.snapshot(model)
     (made,) = sl.fixed_mask(model, selection, lr=1e-3, lr_head=1e-2, epochs=1, weight_decay=0.5)
-    assert [(group["lr"], group["weight_decay"]) for group in made.groups] == [(1e-3, 0.5), (1e-2, 0.5)]
+    assert [(group["lr"], group["weight_decay"]) for group in made.groups] == [
+        (1e-3, 0.5),
+        (1e-2, 0.5),
+    ]
 
     run(model, sl.fixed_mask(model, selection, lr=1e-3, lr_head=1e-2, epochs=3), data)
     masks = selection.masks()
@@ -287,7 +331,9 @@ def test_dense_trains_everything_and_puts_the_flags_back(build, batches):
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
     (made,) = sl.full_finetuning(model, lr=1e-2, lr_head=1e-3, epochs=1)
     assert [group["lr"] for group in made.groups] == [1e-2, 1e-3]
-    assert [id(p) for p in made.groups[1]["params"]] == [id(p) for p in model.classifier.parameters()]
+    assert [id(p) for p in made.groups[1]["params"]] == [
+        id(p) for p in model.classifier.parameters()
+    ]
 
 
 def test_the_same_run_twice_gives_the_same_bits(build, batches, pick):

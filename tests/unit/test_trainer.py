@@ -27,7 +27,10 @@ def under_trainer(tmp_path, batches):
     """under_trainer(kind, model, **arguments) -> a `Trainer` whose options are the ones that could do harm."""
 
     def make(kind, model, *, compute_metrics=None, **arguments):
-        examples = [{k: v[0] for k, v in b.items()} for b in batches(kind, STEPS * ACCUMULATE * SIZE, size=1)]
+        examples = [
+            {k: v[0] for k, v in b.items()}
+            for b in batches(kind, STEPS * ACCUMULATE * SIZE, size=1)
+        ]
         options = {
             "max_steps": STEPS,
             "per_device_train_batch_size": SIZE,
@@ -45,9 +48,15 @@ def under_trainer(tmp_path, batches):
         }
         arguments = TrainingArguments(tmp_path, **{**options, **arguments})
         trainer = Trainer(
-            model, arguments, train_dataset=examples, eval_dataset=examples[:4], compute_metrics=compute_metrics
+            model,
+            arguments,
+            train_dataset=examples,
+            eval_dataset=examples[:4],
+            compute_metrics=compute_metrics,
         )
-        trainer.model_accepts_loss_kwargs = False  # a loss is its batch's mean; `Trainer` has other counts for some
+        trainer.model_accepts_loss_kwargs = (
+            False  # a loss is its batch's mean; `Trainer` has other counts for some
+        )
         return trainer
 
     return make
@@ -65,12 +74,16 @@ def plain_loop(kind, model, selection, batches, autocast):
         for on in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: s / 2 if s < 2 else (STEPS - s) / (STEPS - 2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: s / 2 if s < 2 else (STEPS - s) / (STEPS - 2)
+    )
     model.train()
     for step in range(STEPS):
         for part in range(ACCUMULATE):
             start = (step * ACCUMULATE + part) * SIZE
-            batch = {key: torch.cat([b[key] for b in data[start : start + SIZE]]) for key in data[0]}
+            batch = {
+                key: torch.cat([b[key] for b in data[start : start + SIZE]]) for key in data[0]
+            }
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = model(**batch).loss / ACCUMULATE
             loss.backward()
@@ -96,13 +109,16 @@ def assert_only_the_selection_moved(before, model, selection, head=()):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("bert", "float64"), ("bert", "bfloat16"), ("gpt2", "float64"), ("llama", "float64")]
+    ("kind", "dtype"),
+    [("bert", "float64"), ("bert", "bfloat16"), ("gpt2", "float64"), ("llama", "float64")],
 )
 def test_trainer_trains_as_a_plain_loop_does(build, batches, pick, under_trainer, kind, dtype):
     autocast, precise = dtype == "bfloat16", torch.float32 if dtype == "bfloat16" else torch.float64
     model, reference = quiet(build(kind)).to(precise), quiet(build(kind)).to(precise)
     selection, before, head = pick(model), sl.snapshot(model), tuple(sl.head_weights(model))
-    some = {name: index for number, (name, index) in enumerate(selection.indices.items()) if number % 3}
+    some = {
+        name: index for number, (name, index) in enumerate(selection.indices.items()) if number % 3
+    }
     selection = sl.Selection(some, selection.shapes)  # of every third tensor nothing is trained
     with sl.masked(model, selection, dense=head):
         under_trainer(kind, model, bf16=autocast).train()
@@ -117,21 +133,37 @@ def test_trainer_trains_as_a_plain_loop_does(build, batches, pick, under_trainer
     assert delta.count <= selection.count
     again = build(kind).to(precise)
     delta.apply(again)
-    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("bert", torch.float32), ("llama", torch.float32), ("gpt2", torch.float32), ("llama", torch.bfloat16)],
+    [
+        ("bert", torch.float32),
+        ("llama", torch.float32),
+        ("gpt2", torch.float32),
+        ("llama", torch.bfloat16),
+    ],
 )
-def test_a_resumed_training_ends_with_the_same_bits(build, pick, under_trainer, tmp_path, kind, dtype):
+def test_a_resumed_training_ends_with_the_same_bits(
+    build, pick, under_trainer, tmp_path, kind, dtype
+):
     ends = []
     for resume in (None, tmp_path / "checkpoint-3"):
-        model = build(kind).to(dtype)  # everything from before is gone: base, mask, optimizer; dropout draws as before
+        model = build(kind).to(
+            dtype
+        )  # everything from before is gone: base, mask, optimizer; dropout draws as before
         selection = pick(model)
         with sl.masked(model, selection, dense=tuple(sl.head_weights(model))):
             trainer = under_trainer(
-                kind, model, save_strategy="steps", save_steps=3, train_sampling_strategy="random", learning_rate=1e-3
+                kind,
+                model,
+                save_strategy="steps",
+                save_steps=3,
+                train_sampling_strategy="random",
+                learning_rate=1e-3,
             )
             trainer.train(resume_from_checkpoint=resume)
         ends.append((sl.snapshot(model), trainer.optimizer.state_dict()["state"]))
@@ -140,7 +172,9 @@ def test_a_resumed_training_ends_with_the_same_bits(build, pick, under_trainer, 
     (straight, moments), (resumed, resumed_moments) = ends
     assert {name for name, p in straight.items() if not torch.equal(p, resumed[name])} == set()
     assert moments.keys() == resumed_moments.keys()
-    assert all(torch.equal(moments[i][key], resumed_moments[i][key]) for i in moments for key in moments[i])
+    assert all(
+        torch.equal(moments[i][key], resumed_moments[i][key]) for i in moments for key in moments[i]
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "bert_tied", "llama", "gpt2"])
@@ -153,11 +187,15 @@ def test_a_model_that_is_saved_inside_is_the_ordinary_one_that_leaving_gives(
         trainer.train()
         trainer.save_model(tmp_path / "inside")
     model.save_pretrained(tmp_path / "after")
-    inside, after = (load_file(tmp_path / place / "model.safetensors") for place in ("inside", "after"))
+    inside, after = (
+        load_file(tmp_path / place / "model.safetensors") for place in ("inside", "after")
+    )
     assert inside.keys() == after.keys()
     assert {name for name in after if not torch.equal(inside[name], after[name])} == set()
     loaded = type(model).from_pretrained(tmp_path / "inside")
-    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_the_best_model_is_the_one_that_leaving_gives(build, pick, under_trainer, tmp_path):
@@ -177,18 +215,25 @@ def test_the_best_model_is_the_one_that_leaving_gives(build, pick, under_trainer
         )
         trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-    best, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (4, 6))
+    best, last = (
+        load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (4, 6)
+    )
     assert all(torch.equal(p, best[name]) for name, p in model.named_parameters())
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # its new name is too new
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing:FutureWarning"
+)  # its new name is too new
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(build, pick, under_trainer, reentrant):
     models = []
     for options in (
         {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        },
     ):
         model = quiet(build("bert"))
         with sl.masked(model, pick(model), dense=tuple(sl.head_weights(model))):

@@ -1,8 +1,9 @@
 """Diff Pruning (Guo, Rush and Kim 2021, ACL): learn a sparse difference to the pretrained weights.
 
-theta = theta0 + z * w, with a Hard-Concrete gate z for every weight. The expected L0 norm of the difference has a
-gradient and is penalised: *relax*. Then *project* on the k largest differences, and train those alone: *fix*. In the
-structured variant a second gate opens or closes a whole group; a weight is active only where both gates are open.
+theta = theta0 + z * w, with a Hard-Concrete gate z for every weight. The expected L0 norm of the
+difference has a gradient and is penalised: *relax*. Then *project* on the k largest differences,
+and train those alone: *fix*. In the structured variant a second gate opens or closes a whole group;
+a weight is active only where both gates are open.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ U_EPS = 1e-4  # the authors' code keeps u in [1e-4, 1 - 1e-4]
 class Relaxed(nn.Module):
     """The model with gated differences: call it in the model's place.
 
-    In training mode every call draws new gates; in evaluation mode the gates are deterministic. The model's own
-    weights are theta0 throughout; only the head is trained in place.
+    In training mode every call draws new gates; in evaluation mode the gates are deterministic. The
+    model's own weights are theta0 throughout; only the head is trained in place.
 
     Parameters
     ----------
     model
         Any module; tied weights share one gate.
     groups
-        ``None`` (unstructured), ``"tensor"``, ``"head"``, ``"layer"``, or a function like those in `groups`.
+        ``None`` (unstructured), ``"tensor"``, ``"head"``, ``"layer"``, or a function like those in
+        `groups`.
     penalty
         ``"product"`` of the probabilities (the paper), or ``"sum"`` (the authors' code).
     stretch, log_alpha
@@ -61,13 +63,19 @@ class Relaxed(nn.Module):
         super().__init__()
         check_stretch(stretch)
         if penalty not in ("product", "sum"):
-            raise ValueError(f"penalty={penalty!r} is unknown; choose 'product' (paper) or 'sum' (authors' code)")
+            raise ValueError(
+                f"penalty={penalty!r} is unknown; choose 'product' (paper) or 'sum' (authors' code)"
+            )
         if isinstance(groups, str) and groups not in GROUPINGS:
-            raise ValueError(f"groups={groups!r} is unknown; choose one of {tuple(GROUPINGS)}, None or a function")
+            raise ValueError(
+                f"groups={groups!r} is unknown; choose one of {tuple(GROUPINGS)}, None or a function"
+            )
         theta = weights(model, head)
         grouping = GROUPINGS[groups] if isinstance(groups, str) else groups
         self.model, self.stretch, self.penalty = model, stretch, penalty
-        self.threshold = math.log(-stretch[0] / stretch[1])  # a deterministic gate is 0 at and below it
+        self.threshold = math.log(
+            -stretch[0] / stretch[1]
+        )  # a deterministic gate is 0 at and below it
         self.names = list(theta)
         self.generator = torch.Generator().manual_seed(seed)
         self.w = nn.ParameterList([torch.zeros_like(p) for p in theta.values()])
@@ -77,7 +85,9 @@ class Relaxed(nn.Module):
         if grouping is not None:
             kinds = {f"{p.dtype} on {p.device}" for p in theta.values()}
             if len(kinds) > 1:
-                raise ValueError(f"model has weights of {sorted(kinds)}; gates of groups need one dtype and one device")
+                raise ValueError(
+                    f"model has weights of {sorted(kinds)}; gates of groups need one dtype and one device"
+                )
             ids = grouping(model, theta)
             device = self.w[0].device
             self.group_ids = [ids[name].to(device) for name in self.names]
@@ -104,7 +114,9 @@ class Relaxed(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's output at theta0 + delta."""
         theta0 = weights_by_name(self.model, self.names)
-        composed = {name: theta0[name].detach() + delta for name, delta in self.differences().items()}
+        composed = {
+            name: theta0[name].detach() + delta for name, delta in self.differences().items()
+        }
         return functional_call(self.model, composed, args, kwargs)
 
     def expected_l0(self) -> Tensor:
@@ -112,8 +124,11 @@ class Relaxed(nn.Module):
         terms = self.expected_l0_by_tensor()
         total = torch.stack(list(terms.values())).sum()
         if self.log_alpha_group is not None and self.penalty == "sum":
-            # The authors' code: one term for every weight, plus one for every group, as if either gate cost alone.
-            total = total + open_probability(self.log_alpha_group, beta=1.0, stretch=self.stretch).sum()
+            # The authors' code: one term for every weight, plus one for every group, as if either
+            # gate cost alone.
+            total = (
+                total + open_probability(self.log_alpha_group, beta=1.0, stretch=self.stretch).sum()
+            )
         return total
 
     def expected_l0_by_tensor(self) -> dict[str, Tensor]:
@@ -125,7 +140,9 @@ class Relaxed(nn.Module):
         for i, name in enumerate(self.names):
             # (eq-expected-l0)  E[L0] = sum P(z != 0);  structured: sum P(z != 0) P(z_g != 0)
             p_open = open_probability(self.log_alpha[i], beta=1.0, stretch=self.stretch)
-            terms[name] = p_open.sum() if group is None else (p_open * group[self.group_ids[i]]).sum()
+            terms[name] = (
+                p_open.sum() if group is None else (p_open * group[self.group_ids[i]]).sum()
+            )
         return terms
 
     @torch.no_grad()
@@ -192,33 +209,38 @@ def diff_pruning(
     budget
         k, a count or a fraction of the candidates.
     lr_w, lr_alpha
-        Learning rates of the differences w (linear decay), and of all gates (constant, as in the authors' code; they
-        use 0.1 and thousands of steps: a gate has some 13 logits to go).
+        Learning rates of the differences w (linear decay), and of all gates (constant, as in the
+        authors' code; they use 0.1 and thousands of steps: a gate has some 13 logits to go).
     lr, lr_head
-        Of the selected weights in the fixed-mask phase, and of the head in both phases (default: `lr`).
+        Of the selected weights in the fixed-mask phase, and of the head in both phases (default:
+        `lr`).
     epochs
         Of the relaxed phase, and of the fixed-mask phase.
     lam
-        Where lambda starts; `Calibration` then steers it so that a little more than k gates end open.
+        Where lambda starts; `Calibration` then steers it so that a little more than k gates end
+        open.
     groups, penalty, seed, head
         As in `Relaxed`.
 
     Yields
     ------
     Phase
-        ``"relaxed"``, whose ``model`` is the `Relaxed` wrapper and whose ``after_step`` is the calibration's; then
-        ``"fixed mask"``. Exactly k weights differ at the end, beside the head.
+        ``"relaxed"``, whose ``model`` is the `Relaxed` wrapper and whose ``after_step`` is the
+        calibration's; then ``"fixed mask"``. Exactly k weights differ at the end, beside the head.
 
     Raises
     ------
     ValueError
-        For a bad budget or option, or if fewer than k differences survive the relaxed phase (model left at theta0).
+        For a bad budget or option, or if fewer than k differences survive the relaxed phase (model
+        left at theta0).
     """
     relaxed = Relaxed(model, groups=groups, penalty=penalty, seed=seed, head=head)
     k = resolve_budget(budget, sum(p.numel() for p in relaxed.w))
     calibration = Calibration(relaxed, k, lam)
     rate = lr if lr_head is None else lr_head
-    alphas = list(relaxed.log_alpha) + ([] if relaxed.log_alpha_group is None else [relaxed.log_alpha_group])
+    alphas = list(relaxed.log_alpha) + (
+        [] if relaxed.log_alpha_group is None else [relaxed.log_alpha_group]
+    )
     heads = list(head_weights(model, head).values())
     yield Phase(
         "relaxed",

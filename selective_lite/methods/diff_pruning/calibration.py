@@ -26,22 +26,24 @@ class Gates(Protocol):
 class Calibration:
     """Steer lambda by the gate on which the budget hangs: the m-th largest log_alpha, with m = slack * k.
 
-    A count is a poor guide. Under a common penalty most gates fall side by side, and a count that stood at N for half
-    of the phase passes k within a step. The m-th gate's log_alpha falls smoothly, and it is known at every moment how
-    far it is from closing. It is led along a straight line, from where all gates start to `margin` above the point
-    where a deterministic gate closes: then m gates are open at the end. In the structured variant the smaller of a
-    weight's log_alpha and its group's counts, since both must be open.
+    A count is a poor guide. Under a common penalty most gates fall side by side, and a count that
+    stood at N for half of the phase passes k within a step. The m-th gate's log_alpha falls
+    smoothly, and it is known at every moment how far it is from closing. It is led along a straight
+    line, from where all gates start to `margin` above the point where a deterministic gate closes:
+    then m gates are open at the end. In the structured variant the smaller of a weight's log_alpha
+    and its group's counts, since both must be open.
 
-    lambda = lam * exp(gain * error + memory * (sum of errors, per unit of progress)). The error is the distance to the
-    line of the place where the gate would come to rest: an optimizer with momentum carries it on for `horizon` more
-    steps (Adam with beta1 = 0.9: 9).
+    lambda = lam * exp(gain * error + memory * (sum of errors, per unit of progress)). The error is
+    the distance to the line of the place where the gate would come to rest: an optimizer with
+    momentum carries it on for `horizon` more steps (Adam with beta1 = 0.9: 9).
 
     Attributes
     ----------
     lam
         lambda now.
     path
-        A dict a step: ``lambda``, ``expected_l0``, ``open`` (gates), ``log_alpha`` (of the m-th gate), ``target``.
+        A dict a step: ``lambda``, ``expected_l0``, ``open`` (gates), ``log_alpha`` (of the m-th
+        gate), ``target``.
     """
 
     def __init__(
@@ -57,7 +59,13 @@ class Calibration:
         horizon: float = 9.0,
     ) -> None:
         self.gates, self.k, self.lam, self.start_lam = gates, k, lam, lam
-        self.slack, self.margin, self.gain, self.memory, self.horizon = slack, margin, gain, memory, horizon
+        self.slack, self.margin, self.gain, self.memory, self.horizon = (
+            slack,
+            margin,
+            gain,
+            memory,
+            horizon,
+        )
         self.start = self.log_alpha = self.marginal_log_alpha()
         self.expected, self.progress, self.errors = math.nan, 0.0, 0.0
         self.path: list[dict[str, float]] = []
@@ -67,7 +75,10 @@ class Calibration:
         """The m-th largest log_alpha, a weight's or its group's, whichever is smaller."""
         group, alphas = self.gates.log_alpha_group, list(self.gates.log_alpha)
         if group is not None:
-            alphas = [torch.minimum(a, group[ids]) for a, ids in zip(alphas, self.gates.group_ids, strict=True)]
+            alphas = [
+                torch.minimum(a, group[ids])
+                for a, ids in zip(alphas, self.gates.group_ids, strict=True)
+            ]
         total = sum(a.numel() for a in alphas)
         stride = -(-total // SAMPLE)
         sample = torch.cat([a.reshape(-1)[::stride] for a in alphas]).float()

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-# Projections whose rows, and whose columns, belong to attention heads, as `transformers` names them.
+# Projections whose rows, and whose columns, belong to attention heads, as `transformers` names
+# them.
 ROWS = re.compile(r"(^|\.)(query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin)\.(weight|bias)$")
-COLUMNS = re.compile(r"(^|\.)(attention\.output\.dense|attention\.out_lin|self_attn\.(o_proj|out_proj))\.weight$")
+COLUMNS = re.compile(
+    r"(^|\.)(attention\.output\.dense|attention\.out_lin|self_attn\.(o_proj|out_proj))\.weight$"
+)
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 KEY_VALUE = re.compile(r"(^|\.)(k_proj|v_proj)\.")
 
@@ -25,7 +28,9 @@ def by_tensor(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
 def by_layer(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One group a numbered block, such as ``encoder.layer.3``; a tensor outside every block is its own group."""
     ids: dict[str, int] = {}
-    return {name: torch.tensor(ids.setdefault(_block(name), len(ids)), device="cpu") for name in weights}
+    return {
+        name: torch.tensor(ids.setdefault(_block(name), len(ids)), device="cpu") for name in weights
+    }
 
 
 def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,11 +39,14 @@ def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises
     ------
     ValueError
-        If ``model.config`` does not say how many heads there are, or no projection has a known name.
+        If ``model.config`` does not say how many heads there are, or no projection has a known
+        name.
     """
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     if not heads:
-        raise ValueError("groups='head' needs model.config.num_attention_heads; use 'tensor', 'layer' or a function")
+        raise ValueError(
+            "groups='head' needs model.config.num_attention_heads; use 'tensor', 'layer' or a function"
+        )
     shared = getattr(model.config, "num_key_value_heads", None) or heads
     ids: dict[tuple, int] = {}
     groups = {}
@@ -54,7 +62,9 @@ def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
         along = torch.tensor([ids.setdefault(key, len(ids)) for key in keys], device="cpu")
         groups[name] = along if weight.dim() == 1 or columns else along[:, None]
     if all(group.dim() == 0 for group in groups.values()):
-        raise ValueError("groups='head' found no query, key or value projection by a known name; give a function")
+        raise ValueError(
+            "groups='head' found no query, key or value projection by a known name; give a function"
+        )
     return groups
 
 

@@ -1,9 +1,10 @@
 """SPT, sensitivity-aware parameter-efficient tuning (He et al. 2023, ICCV): spend a budget where the loss is sensitive.
 
-A weight's sensitivity is its squared gradient, summed over some hundred samples (`squared_gradient`). Take the tau most
-sensitive weights. A matrix that has many of them gets a small module, LoRA or a bottleneck Adapter (*structured*); a
-vector that has many is tuned whole; what is left is tuned weight by weight (*unstructured*). All of it is charged, and
-tau is the one at which the charge meets the budget.
+A weight's sensitivity is its squared gradient, summed over some hundred samples
+(`squared_gradient`). Take the tau most sensitive weights. A matrix that has many of them gets a
+small module, LoRA or a bottleneck Adapter (*structured*); a vector that has many is tuned whole;
+what is left is tuned weight by weight (*unstructured*). All of it is charged, and tau is the one at
+which the charge meets the budget.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from ...layers.small import (
     merge_adapters,
     remove_adapters,
 )
-from ...params import check_names, check_prefixes, head_weights, is_under, owners, resolve_budget, weights
+from ...params import (
+    check_names,
+    check_prefixes,
+    head_weights,
+    is_under,
+    owners,
+    resolve_budget,
+    weights,
+)
 from ...scores import check_scores
 from ...selection import Selection, select
 from ...training import Group, Phase
@@ -87,28 +96,33 @@ def allocate(
 ) -> Allocation:
     """Spend a budget on small modules, whole vectors and single weights: a pure function of scores and architecture.
 
-    Only weights of ``nn.Linear`` and Hugging Face's ``Conv1D`` become structured; tensors of at most one dimension are
-    vectors; these matrices and ``nn.Embedding`` tables may be tuned weight by weight. The sweep over tau (`sweep`) is
-    linear in the number of scores.
+    Only weights of ``nn.Linear`` and Hugging Face's ``Conv1D`` become structured; tensors of at
+    most one dimension are vectors; these matrices and ``nn.Embedding`` tables may be tuned weight
+    by weight. The sweep over tau (`sweep`) is linear in the number of scores.
 
     Parameters
     ----------
     model
         Only its modules' types and its tensors' shapes are read.
     scores
-        ``{name: sensitivity}``, such as `squared_gradient` gives; tensors without a score take no part.
+        ``{name: sensitivity}``, such as `squared_gradient` gives; tensors without a score take no
+        part.
     budget
-        Trained weights beside the head, a count or a fraction of all candidates; see `resolve_budget`.
+        Trained weights beside the head, a count or a fraction of all candidates; see
+        `resolve_budget`.
     kind, rank
         ``"lora"`` or ``"adapter"``, and r >= 1; a small budget needs a low rank.
     alpha
-        A matrix becomes structured at charge / alpha sensitive weights, alpha >= 1 (authors' code: 10).
+        A matrix becomes structured at charge / alpha sensitive weights, alpha >= 1 (authors' code:
+        10).
     beta
         A vector is tuned whole at length / beta sensitive weights, beta >= 1 (authors' code: 5).
     spend
-        The charge ``"nearest"`` to the budget (authors' code; it may exceed it), or the largest within it.
+        The charge ``"nearest"`` to the budget (authors' code; it may exceed it), or the largest
+        within it.
     taus
-        The values of tau to choose from, increasing (authors' code: 20,000 to 1.58 million by 20,000); default: all.
+        The values of tau to choose from, increasing (authors' code: 20,000 to 1.58 million by
+        20,000); default: all.
     exclude
         Names or prefixes of tensors that take no part.
     head
@@ -117,8 +131,8 @@ def allocate(
     Raises
     ------
     TypeError, ValueError
-        For a bad option, budget, name, shape or rank; scores that are all zero or not finite; a budget below the
-        charge of the smallest module, or above what can be spent.
+        For a bad option, budget, name, shape or rank; scores that are all zero or not finite; a
+        budget below the charge of the smallest module, or above what can be spent.
     """
     if spend not in ("nearest", "capped"):
         raise ValueError(f"spend={spend!r} is unknown; choose 'nearest' or 'capped'")
@@ -144,9 +158,15 @@ def allocate(
 
     tau = tau_for(used, cost, k, taus=taus, capped=spend == "capped")
     sensitive = select(used, tau)
-    bought = [n for n, count in sensitive.per_tensor().items() if n in prices and count >= prices[n][0]]
-    structured, whole = (tuple(n for n in bought if (used[n].dim() == 2) == matrix) for matrix in (True, False))
-    selection = Selection({n: i for n, i in sensitive.indices.items() if n not in bought}, sensitive.shapes)
+    bought = [
+        n for n, count in sensitive.per_tensor().items() if n in prices and count >= prices[n][0]
+    ]
+    structured, whole = (
+        tuple(n for n in bought if (used[n].dim() == 2) == matrix) for matrix in (True, False)
+    )
+    selection = Selection(
+        {n: i for n, i in sensitive.indices.items() if n not in bought}, sensitive.shapes
+    )
     counts = {
         "structured": sum(prices[name][1] for name in structured),
         "whole": sum(prices[name][1] for name in whole),
@@ -162,7 +182,11 @@ def _prices(
     """How many sensitive weights a matrix or vector must have to be bought as one, and what it then costs."""
     places, prices = owners(model), {}
     # A linear layer's weight may get a small module, if it is not tied to another.
-    linear = [n for n, s in used.items() if s.dim() == 2 and len(places[n]) == 1 and linear_sizes(places[n][0][0])]
+    linear = [
+        n
+        for n, s in used.items()
+        if s.dim() == 2 and len(places[n]) == 1 and linear_sizes(places[n][0][0])
+    ]
     for name, (_, d_in, d_out) in find_layers(model, dict.fromkeys(linear, rank)).items():
         price = adapter_size(kind, d_in, d_out, rank)
         # (eq-spt-structured)  a matrix gets a small module where its sensitive weights number >= charge / alpha
@@ -175,7 +199,10 @@ def _prices(
 
 
 def _used(
-    model: nn.Module, scores: Mapping[str, Tensor], exclude: Sequence[str], candidates: Mapping[str, Tensor]
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    exclude: Sequence[str],
+    candidates: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The scores of tensors that take part."""
     check_names(scores, candidates, "scores")
@@ -183,7 +210,9 @@ def _used(
     for name, score in scores.items():
         if score.shape != candidates[name].shape:
             shape = tuple(candidates[name].shape)
-            raise ValueError(f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model")
+            raise ValueError(
+                f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model"
+            )
     places = owners(model)
     partly = (n for n in scores if all(why_not_partly(*place) is None for place in places[n]))
     used = {name: scores[name] for name in partly if not is_under(name, exclude)}
@@ -208,22 +237,26 @@ def spt(
 ) -> Generator[Phase, None, None]:
     """A method: train an allocation's small modules, whole vectors and single weights, and the head, in one optimizer.
 
-    After it the model is an ordinary one that computes what was trained: its own tensors keep their names and flags,
-    and the small modules stay beside them (`adapters`). `diff` ships all of it in one file; `remove_adapters` takes
-    the modules out, `merge_adapters` adds LoRA to the weights. After an error the modules are out.
+    After it the model is an ordinary one that computes what was trained: its own tensors keep their
+    names and flags, and the small modules stay beside them (`adapters`). `diff` ships all of it in
+    one file; `remove_adapters` takes the modules out, `merge_adapters` adds LoRA to the weights.
+    After an error the modules are out.
 
     Parameters
     ----------
     model, allocation
         The model and what `allocate` made for it.
     lr, lr_modules, lr_head
-        Learning rates of vectors and single weights, of small modules, and of the head (default: `lr`).
+        Learning rates of vectors and single weights, of small modules, and of the head (default:
+        `lr`).
     epochs
         Passes over the batches.
     weight_decay
-        Of small modules and head; single weights and vectors are not decayed (as in the authors' code).
+        Of small modules and head; single weights and vectors are not decayed (as in the authors'
+        code).
     merge
-        Merge LoRA into the weights at the end: the model has exactly the base's tensors, the delta is larger.
+        Merge LoRA into the weights at the end: the model has exactly the base's tensors, the delta
+        is larger.
     seed
         Of the generator that draws the small modules.
     head
@@ -237,23 +270,32 @@ def spt(
     Raises
     ------
     ValueError
-        If the allocation does not fit the model (which is unchanged), or if an Adapter is to be merged.
+        If the allocation does not fit the model (which is unchanged), or if an Adapter is to be
+        merged.
     """
     if merge and allocation.kind != "lora":
-        raise ValueError(f"merge=True, but kind={allocation.kind!r} cannot be merged; keep the modules, or use 'lora'")
-    add_adapters(model, allocation.structured, kind=allocation.kind, rank=allocation.rank, seed=seed)
+        raise ValueError(
+            f"merge=True, but kind={allocation.kind!r} cannot be merged; keep the modules, or use 'lora'"
+        )
+    add_adapters(
+        model, allocation.structured, kind=allocation.kind, rank=allocation.rank, seed=seed
+    )
     done = False
     try:
         modules = adapter_parameters(model, allocation.structured)
         heads = head_weights(model, head)
-        with masked(model, allocation.selection, dense=(*allocation.whole, *modules, *heads)) as training:
+        with masked(
+            model, allocation.selection, dense=(*allocation.whole, *modules, *heads)
+        ) as training:
             whole = [model.get_parameter(name) for name in allocation.whole]
             rates = (
                 ([*training.parameters(), *whole], lr, 0.0),
                 (list(modules.values()), lr if lr_modules is None else lr_modules, weight_decay),
                 (list(heads.values()), lr if lr_head is None else lr_head, weight_decay),
             )
-            groups: list[Group] = [{"params": p, "lr": r, "weight_decay": d} for p, r, d in rates if p]
+            groups: list[Group] = [
+                {"params": p, "lr": r, "weight_decay": d} for p, r, d in rates if p
+            ]
             yield Phase("spt", groups, epochs, selection=allocation.selection)
         done = True
     finally:

@@ -1,8 +1,9 @@
 """SPT's sweep (He et al. 2023): how many of the most sensitive weights to look at, so that the charge meets the budget.
 
-The charge grows with tau, so there is no need to try one tau after the other. Two passes of 16 bits over the scores, as
-in `select`, count for every tensor how many of its scores lie above each cutoff, and find where the charge crosses the
-budget: linear time, nothing is sorted, and no second copy of the scores is made.
+The charge grows with tau, so there is no need to try one tau after the other. Two passes of 16 bits
+over the scores, as in `select`, count for every tensor how many of its scores lie above each
+cutoff, and find where the charge crosses the budget: linear time, nothing is sorted, and no second
+copy of the scores is made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from ...selection import select, sort_keys
 
 BUCKETS = 1 << 16
-Charge = Callable[[str, Tensor], Tensor]  # (tensor's name, counts of its sensitive weights) -> what they cost
+Charge = Callable[
+    [str, Tensor], Tensor
+]  # (tensor's name, counts of its sensitive weights) -> what they cost
 
 
 def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
@@ -30,7 +33,8 @@ def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
     scores
         ``{name: tensor}``, finite, floating point, any device.
     charge
-        ``(name, counts) -> charges``, int64 on CPU, element by element; it never falls when the count grows.
+        ``(name, counts) -> charges``, int64 on CPU, element by element; it never falls when the
+        count grows.
     k
         The budget, a count.
     """
@@ -74,11 +78,18 @@ def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
 
 
 def _total(counts: Mapping[str, int], charge: Charge) -> int:
-    return sum(int(charge(name, torch.tensor([count], device="cpu"))) for name, count in counts.items())
+    return sum(
+        int(charge(name, torch.tensor([count], device="cpu"))) for name, count in counts.items()
+    )
 
 
 def tau_for(
-    scores: Mapping[str, Tensor], charge: Charge, k: int, *, taus: Sequence[int] | None = None, capped: bool = False
+    scores: Mapping[str, Tensor],
+    charge: Charge,
+    k: int,
+    *,
+    taus: Sequence[int] | None = None,
+    capped: bool = False,
 ) -> int:
     """The tau whose charge is nearest to k (the lower one, if two are), or the largest whose charge is within it.
 
@@ -94,8 +105,8 @@ def tau_for(
     Raises
     ------
     ValueError
-        If `taus` is empty, does not increase, or exceeds the number of non-zero scores; if k is above what the largest
-        tau charges, or `capped` and below what the smallest does.
+        If `taus` is empty, does not increase, or exceeds the number of non-zero scores; if k is
+        above what the largest tau charges, or `capped` and below what the smallest does.
     """
     nonzero = {name: int(score.count_nonzero()) for name, score in scores.items()}
     limit = sum(nonzero.values())
@@ -106,7 +117,9 @@ def tau_for(
     if taus is None:
         taus = range(1, limit + 1)
     elif not taus or taus[0] < 1 or taus[-1] > limit or any(a >= b for a, b in pairwise(taus)):
-        raise ValueError(f"taus must increase within [1, {limit}], the number of non-zero scores, and not be empty")
+        raise ValueError(
+            f"taus must increase within [1, {limit}], the number of non-zero scores, and not be empty"
+        )
     i = bisect_left(taus, crossing(scores, charge, k))
     if i == len(taus):
         raise ValueError(
@@ -117,5 +130,7 @@ def tau_for(
     if over == 0 or (not capped and (i == 0 or over < k - total(taus[i - 1]))):
         return taus[i]
     if i == 0:
-        raise ValueError(f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, charges {k + over}")
+        raise ValueError(
+            f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, charges {k + over}"
+        )
     return taus[i - 1]
