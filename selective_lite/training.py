@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .layers.masked import masked
+from .layers.masked import MaskedTraining, check_selection
 from .params import head_weights, only_trainable, preserve_modes, weights
 from .scores import Loss, model_loss
 from .selection import Selection
@@ -221,7 +221,7 @@ def fit(
     """
     if isinstance(phases, Selection):
         raise TypeError(
-            "phases is a Selection; train it with fit(model, fixed_mask(model, selection, ...), ...)"
+            "phases is a Selection; give fixed_mask(model, selection, lr=..., epochs=...)"
         )
     records: list[dict[str, Any]] = []
     try:
@@ -245,9 +245,9 @@ def _check_batches(batches: Any) -> None:
         count = len(batches)
     except TypeError:
         raise TypeError(
-            f"batches is a {type(batches).__name__} without a length, which learning rate schedules "
-            "need; give a list, such as list(itertools.islice(batches, 100)), or a loader over a "
-            "dataset that has a length"
+            f"batches is a {type(batches).__name__} without a length, which the schedules need; "
+            "give a list, such as list(itertools.islice(batches, 100)), or a loader over a dataset "
+            "that has a length"
         ) from None
     if count == 0:
         raise ValueError("batches is empty; give at least one batch")
@@ -378,10 +378,10 @@ def fixed_mask(
         For a bad option, or a selection that does not fit the model, which is unchanged.
     """
     check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
-    heads = tuple(head_weights(model, head))
+    check_selection(model, selection, head=head)
 
     def phases() -> Generator[Phase, None, None]:
-        with masked(model, selection, dense=heads) as training:
+        with MaskedTraining(model, selection, head=head) as training:
             groups: list[Group] = [
                 {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
             ]
