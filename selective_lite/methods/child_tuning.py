@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..batches import Batch, Loss, model_loss
 from ..layers.masked import check_candidates
 from ..params import resolve_budget, weights
-from ..scores import Batch, Loss, model_loss, squared_gradient
 from ..scores import exclude as without
+from ..scores import squared_gradient
 from ..selection import Selection, select
 from ..training import Phase, Phases, Step, full_finetuning
 

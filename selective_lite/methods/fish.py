@@ -1,4 +1,4 @@
-"""FISH mask (Sung, Nair and Raffel 2021, NeurIPS): train the weights with the largest Fisher information.
+"""FISH mask (Sung, Nair and Raffel 2021, NeurIPS): train the weights with the most information.
 
 The Fisher information of a weight is its expected squared gradient, taken sample by sample. The k
 weights that have most of it, over the whole model at once, are chosen before training and never
@@ -13,16 +13,10 @@ from typing import Literal
 
 from torch import nn
 
+from ..batches import Batch, Loss, batch_size, model_loss, take
 from ..layers.masked import check_candidates
 from ..params import resolve_budget, weights
-from ..scores import (
-    Batch,
-    Loss,
-    Scores,
-    expected_squared_gradient,
-    model_loss,
-    squared_gradient,
-)
+from ..scores import Scores, expected_squared_gradient, squared_gradient
 from ..scores import exclude as without
 from ..selection import Selection, select
 
@@ -46,7 +40,7 @@ def fisher_information(
     model
         The model, scored in evaluation mode; its modes are restored.
     batches
-        Mappings of tensors whose first dimension is the sample.
+        Mappings or tuples of tensors whose first dimension is the sample.
     samples
         Number of samples used, in the order of `batches`; all of them if there are fewer. The
         authors use 1,024.
@@ -89,8 +83,8 @@ def fisher_information(
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """The first `samples` samples, in batches; the last one is cut."""
     for batch in batches:
-        size = min(samples, len(next(iter(batch.values()))))
-        yield {key: value[:size] for key, value in batch.items()}
+        size = min(samples, batch_size(batch))
+        yield take(batch, 0, size)
         samples -= size
         if samples == 0:
             return

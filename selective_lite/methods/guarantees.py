@@ -9,7 +9,7 @@ Promise = Literal["exact k", "rule-sized", "nearest", "rest bit-identical", "spa
 MEANING: dict[Promise, str] = {
     "exact k": "exactly the asked number of weights is trained, and the head",
     "rule-sized": "a rule on names, not a budget, says how many weights are trained",
-    "nearest": "the number of trained weights is the nearest to the budget that whole modules allow",
+    "nearest": "the number of trained weights is the nearest to the budget that modules allow",
     "rest bit-identical": "every weight that is neither selected nor of the head keeps its bits",
     "sparse": "the delta holds only the selected weights, small modules and the head",
     "additive": "modules are trained, and the base's own weights keep their bits until a merge",

@@ -1,9 +1,9 @@
-"""SaRA (Hu et al. 2024, arXiv 2409.06633, ICLR 2025): the smallest weights do the least, so train those.
+"""SaRA (Hu et al. 2024, arXiv 2409.06633, ICLR 2025): train the smallest weights.
 
-The selection is every weight below a threshold, |w| < t (or the k smallest). Half way, those that
-have outgrown it stop training (*progressive re-selection*), and a *nuclear-norm* loss keeps the
-selected matrix low in rank. Several tutorials call the method SARA and cite 2311.11696: that is
-SoRA, a gated LoRA, which is unrelated (see `sora`).
+They do the least as they are. The selection is every weight below a threshold, |w| < t (or the k
+smallest). Half way, those that have outgrown it stop training (*progressive re-selection*), and a
+*nuclear-norm* loss keeps the selected matrix low in rank. Several tutorials call the method SARA
+and cite 2311.11696: that is SoRA, a gated LoRA, which is unrelated (see `sora`).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def ranked(selection: Selection, min_side: int = 64) -> list[str]:
 
 
 class SaRASchedule:
-    """What happens to a SaRA selection in training: one re-selection, and the nuclear-norm loss.
+    """What happens to a SaRA selection in training: a re-selection, and the nuclear-norm loss.
 
     Parameters
     ----------
@@ -226,7 +226,7 @@ class SaRASchedule:
         return Selection(positions, dict(self.shapes), method="SaRA")
 
     def penalty(self) -> Tensor:
-        """lambda ||W * M||_* of one random matrix, a scalar; zero if few of its weights are left."""
+        """lambda ||W * M||_* of one random matrix, a scalar; zero if few weights of it are left."""
         drawn = torch.randint(len(self.matrices), (), generator=self.generator, device="cpu")
         name = self.matrices[int(drawn)]
         values = self.values[name].reshape(-1)
@@ -256,7 +256,7 @@ class SaRASchedule:
 
     @torch.no_grad()
     def update(self, step: Step) -> None:
-        """After the step of the re-selection, go on with only the weights still below the threshold.
+        """After the step of the re-selection, train only weights still below the threshold.
 
         Raises
         ------

@@ -46,7 +46,7 @@ class GatedLowRank(nn.Module):
         return y + update.to(y.dtype)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """A plain LoRA of scaling 1 without the closed ranks: A' = (alpha/r) g A and B, detached."""
+        """A plain LoRA of scaling 1 without closed ranks: A' = (alpha/r) g A and B, detached."""
         opened = self.gate.detach() != 0
         gate = self.gate.detach()[opened, None]
         return self.scaling * gate * self.A.detach()[opened], self.B.detach()[:, opened]
@@ -147,7 +147,7 @@ class SoRA:
         return {name: int(update.gate.count_nonzero()) for name, update in self.updates.items()}
 
     def prune(self) -> None:
-        """Remove closed ranks; outputs stay the same. A gate may open again, so prune at the end."""
+        """Remove closed ranks; outputs stay the same. Prune last: a gate may open again."""
         for update in self.updates.values():
             opened = update.gate.detach() != 0
             update.A = nn.Parameter(update.A.detach()[opened])
@@ -271,7 +271,7 @@ def sora(
     weight_decay: float = 0.1,
     clip: float | None = 0.1,
 ) -> Phases:
-    """A method: train factors and gates with a proximal step on the gates, prune closed ranks, merge.
+    """A method: train factors and gates, with a proximal step on the gates; prune and merge.
 
     Parameters
     ----------

@@ -1,10 +1,10 @@
 """SPT, sensitivity-aware parameter-efficient tuning (He et al. 2023, ICCV).
 
-It spends a budget where the loss is sensitive. A weight's sensitivity is its squared gradient, summed over some hundred samples
-(`squared_gradient`). Take the tau most sensitive weights. A matrix that has many of them gets a
-small module, LoRA or a bottleneck Adapter (*structured*); a vector that has many is tuned whole;
-the rest is tuned weight by weight (*unstructured*). All of it counts, and tau is the one at which
-the total size meets the budget.
+It spends a budget where the loss is sensitive. A weight's sensitivity is its squared gradient,
+summed over some hundred samples (`squared_gradient`). Take the tau most sensitive weights. A matrix
+that has many of them gets a small module, LoRA or a bottleneck Adapter (*structured*); a vector
+that has many is tuned whole; the rest is tuned weight by weight (*unstructured*). All of it counts,
+and tau is the one at which the total size meets the budget.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.entries import why_refused
-from ...layers.masked import MaskedTraining, check_selection, gathers
+from ...layers.masked import MaskedTraining, check_selection
 from ...layers.small import (
     Kind,
     adapter_parameters,
@@ -32,7 +32,6 @@ from ...layers.small import (
 from ...params import (
     check_names,
     check_prefixes,
-    head_weights,
     is_under,
     named_parameters,
     owners,
@@ -64,7 +63,8 @@ class Allocation:
     counts
         Trained weights: ``{"structured": int, "whole": int, "unstructured": int}``.
     left_out
-        Names of the tensors that took no part; see `allocate`.
+        Names of the tensors that took no part: excluded, without a score, or refused by masked
+        training.
     """
 
     structured: tuple[str, ...]
@@ -94,17 +94,14 @@ def allocate(
     spend: Literal["nearest", "capped"] = "nearest",
     taus: Sequence[int] | None = None,
     exclude: Sequence[str] = (),
-    gathered: bool = False,
     head: Sequence[str] | None = None,
 ) -> Allocation:
     """Spend a budget on small modules, whole vectors and single weights.
 
     A pure function of scores and architecture. Only weights of ``nn.Linear`` and Hugging Face's
-    ``Conv1D`` become structured; tensors of at most one dimension are vectors; these matrices and
-    ``nn.Embedding`` tables may be tuned weight by weight. Other tensors (convolutions, position
-    tables, experts) are left out, as the authors freeze the patch and position embeddings of a
-    vision transformer; `gathered` lets them take part. The sweep over tau (`sweep`) is linear in
-    the number of scores.
+    ``Conv1D`` become structured; tensors of at most one dimension are vectors; all other tensors
+    are tuned weight by weight. The authors freeze the patch and position embeddings of a vision
+    transformer: `exclude` does. The sweep over tau (`sweep`) is linear in the number of scores.
 
     Parameters
     ----------
@@ -131,8 +128,6 @@ def allocate(
         20,000); default: all.
     exclude
         Names or prefixes of tensors that take no part.
-    gathered
-        Whether tensors take part whose selected gradients are gathered from a dense one.
     head
         As in `weights`.
 
@@ -150,7 +145,7 @@ def allocate(
             "trained weights would fall with tau"
         )
     candidates = weights(model, head)
-    used = _used(model, scores, exclude, gathered, candidates)
+    used = _used(model, scores, exclude, candidates)
     prices = _prices(model, used, kind, rank, alpha, beta)
     k = resolve_budget(budget, sum(p.numel() for p in candidates.values()))
     least = min((price for name, (_, price) in prices.items() if used[name].dim() == 2), default=0)
@@ -191,7 +186,7 @@ def allocate(
 def _prices(
     model: nn.Module, used: Mapping[str, Tensor], kind: Kind, rank: int, alpha: float, beta: float
 ) -> dict[str, tuple[int, int]]:
-    """How many sensitive weights a matrix or vector needs to be trained as one, and its size then."""
+    """How many sensitive weights a matrix or vector needs to be trained as one, and its size."""
     places, prices = owners(model), {}
     # A linear layer's weight may get a small module, if it is not tied to another.
     linear = [
@@ -206,7 +201,8 @@ def _prices(
         prices[name] = math.ceil(price / alpha), price
     for name, score in used.items():
         if score.dim() <= 1:
-            # (eq-spt-whole)  a vector is tuned whole if it has at least length / beta sensitive weights
+            # (eq-spt-whole)  a vector is tuned whole if it has at least length / beta sensitive
+            #                 weights
             prices[name] = math.ceil(score.numel() / beta), score.numel()
     return prices
 
@@ -215,7 +211,6 @@ def _used(
     model: nn.Module,
     scores: Mapping[str, Tensor],
     exclude: Sequence[str],
-    gathered: bool,
     candidates: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The scores of tensors that take part."""
@@ -232,15 +227,10 @@ def _used(
     used = {
         name: score
         for name, score in scores.items()
-        if not is_under(name, exclude)
-        and not any(why_refused(*place) for place in places[name])
-        and (gathered or score.dim() <= 1 or not gathers(places[name]))
+        if not is_under(name, exclude) and not any(why_refused(*place) for place in places[name])
     }
     if not used:
-        raise ValueError(
-            "scores, exclude and gathered leave no tensor to spend on; give gathered=True for a "
-            "model of convolutions or experts"
-        )
+        raise ValueError("scores and exclude leave no tensor that can be trained in part")
     check_scores(used)
     return used
 

@@ -131,6 +131,7 @@ def tau_for(
         return taus[i]
     if i == 0:
         raise ValueError(
-            f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, trains {k + over}"
+            f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, trains "
+            f"{k + over}"
         )
     return taus[i - 1]
