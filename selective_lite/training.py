@@ -327,7 +327,7 @@ def fixed_mask(
     lr_head: float | None = None,
     head: Sequence[str] | None = None,
     weight_decay: float = 0.0,
-    name: str = "fixed mask",
+    name: str = "",
 ) -> Phases:
     """A method: train a selection and the task head, on compact parameters.
 
@@ -344,7 +344,7 @@ def fixed_mask(
     weight_decay
         Decay of selected weights and head; it pulls values to zero.
     name
-        The phase's name.
+        The phase's name (default: the selection's method).
 
     Returns
     -------
@@ -357,6 +357,7 @@ def fixed_mask(
     TypeError, ValueError
         For a bad option, or a selection that does not fit the model, which is unchanged.
     """
+    name = name or selection.method or "fixed mask"
     check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
     check_selection(model, selection, head=head)
 
