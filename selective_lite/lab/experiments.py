@@ -138,11 +138,12 @@ def sweep(config: Config) -> results.Row:
     untuned = copy.deepcopy(model)
     recipe = RECIPES[config["method"]]
     method = recipe(model, task, config, config["grid"][0])
-    first = next(method)
+    phases = iter(method)
+    first = next(phases)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
         train(model, task.train, config, [first])
-        chosen, untuned = next(method), model  # projected and not yet trained
+        chosen, untuned = next(phases), model  # projected and not yet trained
     elif _is_fixed_mask(first, model):
         chosen = first
     method.close()

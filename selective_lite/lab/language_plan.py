@@ -10,18 +10,18 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-from ..methods.fish import fish_mask, fisher_information
+from ..methods.fish import fish
 from ..params import snapshot, weights
 from ..scores import random_scores
 from ..selection import Selection, select
 from ..ship.delta import Delta, diff
-from ..training import Phase, fixed_mask
+from ..training import Phases, fixed_mask
 from . import results
 from .experiments import FIRST, climb, first_losses, train
 from .language import Texts, bits, load_texts
@@ -85,14 +85,10 @@ def chosen(model: Any, texts: Texts, config: Config) -> Selection:
     if config["method"] == "random":
         return select(random_scores(model, config["seed"]), config["budget"])
     batches = texts.train.batches(config["batch"], seed=config["seed"])
-    return fish_mask(
-        fisher_information(model, batches, samples=config["samples"]), config["budget"]
-    )
+    return fish(model, batches, config["budget"], samples=config["samples"])
 
 
-def method(
-    model: Any, selection: Selection, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def method(model: Any, selection: Selection, config: Config, lr: float) -> Phases:
     """How a config trains a selection."""
     return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
 
