@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ...gates import Stretch
-from ...params import head_weights, only_trainable, resolve_budget
+from ...layers.masked import check_candidates
+from ...params import head_weights, only_trainable, resolve_budget, unwrap, weights
 from ...training import Group, Phase, Phases, check_options, constant, fixed_mask, head_group
 from .calibration import Calibration as Calibration
 from .groups import Groups
@@ -38,6 +39,7 @@ def diff_pruning(
     stretch: Stretch = STRETCH,
     seed: int = 0,
     head: Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
 ) -> Phases:
     """A method: relax, project to exactly k weights, train those.
 
@@ -58,7 +60,7 @@ def diff_pruning(
         Passes over the batches in the relaxed phase, and in the fixed-mask phase.
     lam
         Initial lambda; `Calibration` then controls it so that a little more than k gates end open.
-    groups, penalty, stretch, seed, head
+    groups, penalty, stretch, seed, head, exclude
         As in `Relaxed`.
 
     Returns
@@ -70,16 +72,22 @@ def diff_pruning(
     Raises
     ------
     TypeError, ValueError
-        When called, for a bad budget or option, or a model that does not fit the groups; while
-        training, if fewer than k differences survive the relaxed phase (the weights stay theta0).
+        When called, for a bad budget or option, for a tensor that cannot be selected in part, or a
+        model that does not fit the groups; while training, if fewer than k differences survive the
+        relaxed phase (the weights stay theta0).
 
     Examples
     --------
     >>> method = diff_pruning(model, 0.005, lr_w=1e-3, lr=1e-3, epochs=(2, 1))
     >>> records = fit(model, method, batches)
     """
-    theta, _ = gated_weights(model, groups, penalty, stretch, head)
-    k = resolve_budget(budget, sum(p.numel() for p in theta.values()))
+    theta, _ = gated_weights(model, groups, penalty, stretch, head, exclude)
+    check_candidates(model, head, exclude)
+    k = resolve_budget(budget, sum(p.numel() for p in weights(model, head).values()))
+    if k > (most := sum(p.numel() for p in theta.values())):
+        raise ValueError(
+            f"budget={budget} asks for {k} weights, but only {most} are not excluded; lower it"
+        )
     relaxed_epochs, fixed_epochs = _pair(epochs)
     rates = {"lr_w": lr_w, "lr_alpha": lr_alpha, "lr_head": lr_head}
     check_options("relaxed", epochs=relaxed_epochs, lam=lam, **rates)
@@ -89,7 +97,13 @@ def diff_pruning(
 
     def phases() -> Generator[Phase, None, None]:
         relaxed = Relaxed(
-            model, groups=groups, penalty=penalty, stretch=stretch, seed=seed, head=head
+            model,
+            groups=groups,
+            penalty=penalty,
+            stretch=stretch,
+            seed=seed,
+            head=head,
+            exclude=exclude,
         )
         calibration = Calibration(relaxed, k, lam)
         shared = relaxed.log_alpha_group
@@ -100,8 +114,9 @@ def diff_pruning(
             *head_group(list(relaxed.head), lr, lr_head, weight_decay=0.0),
         ]
         # The head is trained even if all of the model was frozen.
-        heads = head_weights(model, head).values()
-        with only_trainable(model, [*heads, *(p for p in model.parameters() if p.requires_grad)]):
+        trained = [p for p in unwrap(model).parameters() if p.requires_grad]
+        trained += head_weights(model, head).values()
+        with only_trainable(unwrap(model), trained):
             yield Phase(
                 "relaxed",
                 parts,
@@ -113,7 +128,7 @@ def diff_pruning(
         selection, delta = relaxed.project(k)
         relaxed.store_head()
         # Gates and their gradients, four times the model, are freed before the second phase.
-        del relaxed, calibration, shared, alphas, parts
+        del relaxed, calibration, shared, alphas, parts, trained
         with torch.no_grad():
             for name, index in selection.indices.items():
                 # Not a flat view: a weight need not be contiguous.

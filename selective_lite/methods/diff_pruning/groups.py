@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...names import block_of
+
 # Projections whose rows, and whose columns, belong to attention heads, as `transformers` names
 # them.
 ROWS = re.compile(r"(^|\.)(query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin)\.(weight|bias)$")
 COLUMNS = re.compile(
     r"(^|\.)(attention\.output\.dense|attention\.out_lin|self_attn\.(o_proj|out_proj))\.weight$"
 )
-LAYER = re.compile(r"^(.*?\.\d+)\.")
 KEY_VALUE = re.compile(r"(^|\.)(k_proj|v_proj)\.")
 
 Grouping = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -99,7 +100,8 @@ def by_layer(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     ids: dict[str, int] = {}
     return {
-        name: torch.tensor(ids.setdefault(_block(name), len(ids)), device="cpu") for name in weights
+        name: torch.tensor(ids.setdefault(block_of(name) or name, len(ids)), device="cpu")
+        for name in weights
     }
 
 
@@ -136,7 +138,7 @@ def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
         # A key-value head that several query heads share belongs to the first of them.
         count, step = (shared, heads // shared) if KEY_VALUE.search(name) else (heads, 1)
         size = weight.shape[0] if rows else weight.shape[1]
-        keys = [(_block(name), i * step) for i in range(count) for _ in range(size // count)]
+        keys = [(block_of(name), i * step) for i in range(count) for _ in range(size // count)]
         along = torch.tensor([ids.setdefault(key, len(ids)) for key in keys], device="cpu")
         groups[name] = along if weight.dim() == 1 or columns else along[:, None]
     if all(group.dim() == 0 for group in groups.values()):
@@ -144,11 +146,6 @@ def by_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
             "groups='head' found no query, key or value projection by a known name; give a function"
         )
     return groups
-
-
-def _block(name: str) -> str:
-    found = LAYER.match(name)
-    return found.group(1) if found else name
 
 
 GROUPINGS: dict[str, Grouping] = {"tensor": by_tensor, "head": by_head, "layer": by_layer}

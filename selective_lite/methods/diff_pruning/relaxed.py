@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import Literal, cast
 
 import torch
@@ -11,7 +13,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...gates import HardConcrete, Stretch, check_stretch
-from ...params import head_weights, preserve_modes, resolve_budget, weights
+from ...params import (
+    check_prefixes,
+    head_weights,
+    in_masked_training,
+    is_under,
+    preserve_modes,
+    resolve_budget,
+    unwrap,
+    weights,
+)
 from ...selection import Selection, select
 from .groups import Groups, group_ids
 
@@ -42,13 +53,16 @@ class Relaxed(nn.Module):
         Seed of the CPU generator that draws the gates.
     head
         Prefixes of the task head, as in `weights`.
+    exclude
+        Names or prefixes of candidates without a gate, which stay theta0. They still count in a
+        fraction's total.
 
     Attributes
     ----------
     names
-        The candidates' names, in model order; `w`, `log_alpha` and `group_ids` have this order.
+        The gated weights' names, in model order; `w`, `log_alpha` and `group_ids` have this order.
     w
-        The differences, one parameter per candidate, zero at first.
+        The differences, one parameter per gated weight, zero at first.
     log_alpha, log_alpha_group
         Locations of the gates, a list of parameters like `w`; and of the groups' gates, a vector,
         or None.
@@ -82,9 +96,12 @@ class Relaxed(nn.Module):
         log_alpha: float = 5.0,
         seed: int = 0,
         head: Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
     ) -> None:
         super().__init__()
-        theta, ids = gated_weights(model, groups, penalty, stretch, head)
+        theta, ids = gated_weights(model, groups, penalty, stretch, head, exclude)
+        model = unwrap(model)
+        self.shapes = {name: tuple(p.shape) for name, p in weights(model, head).items()}
         # functional_call wants names as torch has them, wrappers inside the model included.
         paths = {id(p): path for path, p in model.named_parameters()}
         heads = list(head_weights(model, head).values())
@@ -129,7 +146,7 @@ class Relaxed(nn.Module):
         return None if self.group_gates is None else self.group_gates.log_alpha
 
     def differences(self) -> dict[str, Tensor]:
-        """The differences of all candidates.
+        """The differences of all gated weights.
 
         Returns
         -------
@@ -209,7 +226,7 @@ class Relaxed(nn.Module):
         Selection
             Exactly k positions.
         dict
-            ``{name: delta}`` of all candidates, as `differences` in evaluation mode.
+            ``{name: delta}``, as `differences` in evaluation mode.
 
         Raises
         ------
@@ -218,7 +235,7 @@ class Relaxed(nn.Module):
         """
         with preserve_modes(self):
             delta = self.eval().differences()
-        k = resolve_budget(budget, sum(d.numel() for d in delta.values()))
+        k = resolve_budget(budget, sum(map(prod, self.shapes.values())))
         found = sum(int(d.count_nonzero()) for d in delta.values())
         if found < k:
             raise ValueError(
@@ -226,7 +243,8 @@ class Relaxed(nn.Module):
                 "gates: the penalty was too strong, or the relaxed phase too short; lower lam, add "
                 "epochs, or lower the budget"
             )
-        return select({name: d.abs() for name, d in delta.items()}, k), delta
+        selection = select({name: d.abs() for name, d in delta.items()}, k)
+        return replace(selection, shapes=self.shapes, method="Diff Pruning"), delta
 
     @torch.no_grad()
     def store_head(self) -> None:
@@ -241,15 +259,33 @@ def gated_weights(
     penalty: str,
     stretch: Stretch,
     head: Sequence[str] | None,
+    exclude: str | Sequence[str],
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
-    """The candidates and their groups; raises what `Relaxed` raises, before anything large."""
+    """The weights to gate and their groups; raises what `Relaxed` raises, before anything large."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    if wrapped and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not average the gradients of "
+            "differences and gates; train it in one process"
+        )
+    if in_masked_training(model):
+        raise ValueError("model is already in masked training; leave that first")
     check_stretch(stretch)
     if penalty not in ("product", "sum"):
         raise ValueError(
             f"penalty={penalty!r} is unknown; choose 'product' (paper) or 'sum' (authors' code)"
         )
-    theta = weights(model, head)
-    ids = group_ids(model, theta, groups)
+    candidates = weights(model, head)
+    prefixes = check_prefixes(exclude, candidates, "exclude")
+    theta = {name: p for name, p in candidates.items() if not is_under(name, prefixes)}
+    if not theta:
+        raise ValueError(f"exclude={exclude!r} leaves no weight to gate")
+    if lost := [name for name, p in theta.items() if p.is_meta]:
+        raise ValueError(
+            f"{lost[0]!r} is on the meta device, which holds no values (offloaded?); load the "
+            "whole model first"
+        )
+    ids = group_ids(unwrap(model), theta, groups)
     kinds = {f"{_trained(p)} on {p.device}" for p in theta.values()}
     if ids is not None and len(kinds) > 1:
         raise ValueError(
