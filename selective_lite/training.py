@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, repeat
 from numbers import Integral, Real
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .layers.masked import masked
+from .batches import Loss, check_loss, model_loss, to_device
+from .layers.masked import MaskedTraining, check_selection
 from .params import head_weights, only_trainable, preserve_modes, weights
-from .scores import Loss, model_loss
 from .selection import Selection
 
 Schedule = Callable[[float], float]
@@ -221,7 +221,7 @@ def fit(
     """
     if isinstance(phases, Selection):
         raise TypeError(
-            "phases is a Selection; train it with fit(model, fixed_mask(model, selection, ...), ...)"
+            "phases is a Selection; give fixed_mask(model, selection, lr=..., epochs=...)"
         )
     records: list[dict[str, Any]] = []
     try:
@@ -245,9 +245,9 @@ def _check_batches(batches: Any) -> None:
         count = len(batches)
     except TypeError:
         raise TypeError(
-            f"batches is a {type(batches).__name__} without a length, which learning rate schedules "
-            "need; give a list, such as list(itertools.islice(batches, 100)), or a loader over a "
-            "dataset that has a length"
+            f"batches is a {type(batches).__name__} without a length, which the schedules need; "
+            "give a list, such as list(itertools.islice(batches, 100)), or a loader over a dataset "
+            "that has a length"
         ) from None
     if count == 0:
         raise ValueError("batches is empty; give at least one batch")
@@ -291,7 +291,7 @@ def _steps(
         task = loss(model, batch)
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
-        check_loss(total, batch, f"step {number} of phase {phase.name!r}")
+        check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
         opt.zero_grad()
         total.backward()
         if phase.before_step:
@@ -304,26 +304,6 @@ def _steps(
             phase.after_step(step)
         rates.step()
         yield {"phase": phase.name, "step": number, "loss": task.item(), "penalty": penalty.item()}
-
-
-def to_device(batch: Any, model: nn.Module) -> Any:
-    """A batch on the model's device."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, model) for key, value in batch.items()}
-    if type(batch) in (tuple, list):
-        return type(batch)(to_device(value, model) for value in batch)
-    return batch
-
-
-def check_loss(loss: Tensor, batch: Any, where: str) -> None:
-    """Raise a `ValueError` if a loss is not finite."""
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"loss is {loss.item()} at {where}; lower the learning rate, or check this batch"
-        )
 
 
 def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:
@@ -378,10 +358,10 @@ def fixed_mask(
         For a bad option, or a selection that does not fit the model, which is unchanged.
     """
     check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
-    heads = tuple(head_weights(model, head))
+    check_selection(model, selection, head=head)
 
     def phases() -> Generator[Phase, None, None]:
-        with masked(model, selection, dense=heads) as training:
+        with MaskedTraining(model, selection, head=head) as training:
             groups: list[Group] = [
                 {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
             ]
