@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.lab import ledgers
+from selective_lite.lab import memory
 from selective_lite.methods.diff_pruning import Relaxed
 
 
@@ -103,7 +103,7 @@ def set_up(model, way, optimizer):
         return predicted, model
     if way in ("LoRA", "Adapter"):
         names, kind = sl.linear_weights(model), way.lower()
-        beside = ledgers.small_modules(model, names, kind=kind, rank=2)
+        beside = memory.small_modules(model, names, kind=kind, rank=2)
         predicted = sl.predicted_ledger(model, dense=head, beside=beside, optimizer=optimizer)
         model.requires_grad_(False)
         sl.add_adapters(model, names, kind=kind, rank=2)
@@ -111,7 +111,7 @@ def set_up(model, way, optimizer):
             model.get_parameter(name).requires_grad_(True)
         return predicted, model
     groups = "layer" if way == "gated by layer" else None
-    beside = ledgers.gates(model, groups)
+    beside = memory.gates(model, groups)
     predicted = sl.predicted_ledger(model, dense=head, beside=beside, optimizer=optimizer)
     relaxed = Relaxed(model, groups=groups)
     for p in sl.weights(model).values():

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from ..methods.fish import fish
-from ..params import snapshot, weights
-from ..scores import random_scores
-from ..selection import Selection, select
-from ..ship.delta import Delta, diff
-from ..training import Phases, fixed_mask
+from ...methods.fish import fish
+from ...params import snapshot, weights
+from ...scores import random_scores
+from ...selection import Selection, select
+from ...ship.delta import Delta, diff
+from ...training import Phases, fixed_mask
+from ..data.tweets import Texts, bits, load_texts
+from ..models import load_language_model
 from . import results
-from .experiments import FIRST, climb, first_losses, train
-from .language import Texts, bits, load_texts
-from .models import load_language_model
-from .shipping import sha256
+from .four_deltas import sha256
+from .run import FIRST, climb, first_losses, train
 
 Config = Mapping[str, Any]
 
@@ -184,7 +184,9 @@ def rate(sweep: results.Row) -> float:
 
 def roots(config: Config) -> list[str]:
     """The code that a config's row follows from."""
-    return ["lab/language_plan.py:sweep" if "grid" in config else "lab/language_plan.py:run"]
+    return [
+        "lab/experiments/tweets.py:sweep" if "grid" in config else "lab/experiments/tweets.py:run"
+    ]
 
 
 def rate_configs(data: Config = DATA) -> Iterator[Config]:
