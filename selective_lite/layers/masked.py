@@ -400,7 +400,7 @@ def _skips(model: nn.Module) -> bool:
 
 
 def _check_step(training: MaskedTraining | None, optimizer: torch.optim.Optimizer) -> None:
-    """Before every optimizer's step, while a training is open: does it train that selection?"""
+    """Before every optimizer's step, while a training is open: raise unless it can train that."""
     if training is None or training.closed:
         return
     ours = {id(p): name for name, p in training._trained.items()}
