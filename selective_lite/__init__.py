@@ -57,7 +57,7 @@ from .training import (
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - by verb
     # score
     "exclude",
     "expected_squared_gradient",

@@ -191,7 +191,10 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
             type(size) is int and 0 <= size < 2**63 for size in shape
         ):
             raise DeltaError(f"delta's shape of {name!r} is {shape}")
-    texts = [*metadata["fingerprints"], *(n for others in metadata["ties"].values() for n in others)]
+    texts = [
+        *metadata["fingerprints"],
+        *(n for others in metadata["ties"].values() for n in others),
+    ]
     if not all(type(others) is list for others in metadata["ties"].values()) or not all(
         type(text) is str for text in texts
     ):
@@ -259,7 +262,9 @@ def _check_tensors(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> Non
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
         _check_positions(name, index, prod(shapes[name]))
     small = [(name, t) for name, pieces in parts[MODULES].items() for t in pieces.values()]
-    for name, tensor in [(n, t) for n, _, t in replaced_by(parts) if n not in parts["buffers"]] + small:
+    for name, tensor in [
+        (n, t) for n, _, t in replaced_by(parts) if n not in parts["buffers"]
+    ] + small:
         if not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}; weights are floating point")
         if name in rounds_to and (rounds_to[name] not in HALVES or tensor.dtype != torch.float32):
