@@ -22,7 +22,7 @@ from .provenance import code_hash
 
 Row = dict[str, Any]
 # provenance: apart
-CHECKOUT = Path(__file__).resolve().parents[2] / "results"
+CHECKOUT = Path(__file__).resolve().parents[3] / "results"
 
 
 # provenance: apart, reads results
