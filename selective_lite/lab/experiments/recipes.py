@@ -201,6 +201,7 @@ def _shuffled(method: str, model: Any, config: Config) -> Selection:
     )
 
 
+# provenance: apart, each row names its own recipe
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (

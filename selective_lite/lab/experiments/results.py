@@ -21,9 +21,11 @@ import torch
 from .provenance import code_hash
 
 Row = dict[str, Any]
+# provenance: apart
 CHECKOUT = Path(__file__).resolve().parents[3] / "results"
 
 
+# provenance: apart, reads results
 def find(file: str) -> Path | None:
     """A file of ``results/``, from the checkout or from the installed package; None if there is none."""
     packaged = Path(str(importlib.resources.files("selective_lite") / "rows"))
