@@ -1,12 +1,12 @@
-"""Recipes: how a config of the plan becomes a method on a loaded model; a function is named as its configs' method.
+"""Recipes: how a config of the movies becomes a method on a loaded model.
 
-Every method has the same head, epochs, batches and optimizer; its learning rate comes from its own
-sweep.
+A recipe has the name of the method in its configs. All methods have the same head, epochs, batches
+and optimizer; each has the learning rate that its own sweep chose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,79 +32,75 @@ from ..data.sentiment import Task
 from . import results
 
 Config = Mapping[str, Any]
-Recipe = Callable[[Any, Task, Config, float], Generator[Phase, None, None]]
+Recipe = Callable[[Any, Any, Config, float], Iterator[Phase]]
 
 LR_HEAD = 1e-3
 LR_W, LR_ALPHA = 3e-4, 0.3
-LR_DENSE = 3e-5  # where a method trains all weights first: the rate that full fine-tuning takes
+LR_DENSE = 3e-5  # for methods that train all weights first: the rate of full fine-tuning
 FISH_SAMPLES = 256
 SPT_RANKS = {0.005: 8, 0.0002: 1}
-# The rank, and the layers whose queries and values get it, nearest to a budget in size.
+# Rank, and layers whose queries and values get it: the size nearest to each budget.
 LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
 
 
-def full(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def full(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """Full fine-tuning."""
     return full_finetuning(model, lr=lr, lr_head=LR_HEAD, epochs=config["epochs"])
 
 
-def unstructured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
-    """Diff Pruning with a gate for every weight: half of the epochs relaxed, half with the mask fixed."""
+def unstructured(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
+    """Diff Pruning with a gate for every weight: half of the epochs relaxed, half with a mask."""
     return _diff_pruning(model, config, lr, groups=None)
 
 
-def structured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def structured(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """Diff Pruning with a second gate for every tensor."""
     return _diff_pruning(model, config, lr, groups="tensor")
 
 
-def random(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def random(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """The control: positions drawn uniformly."""
     return _fixed(model, select(random_scores(model, config["seed"]), config["budget"]), config, lr)
 
 
-def shuffled(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
-    """The control: random positions, as many in every tensor as unstructured Diff Pruning has."""
+def shuffled(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
+    """The control: random positions, as many in every tensor as unstructured Diff Pruning."""
     return _fixed(model, _shuffled("unstructured", model, config), config, lr)
 
 
-def fish(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def fish(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """FISH, with the empirical Fisher information of some training examples."""
     batches = task.train.batches(config["batch"], seed=config["seed"])
     return fish_phases(model, config["budget"], batches, samples=FISH_SAMPLES, **_rates(config, lr))
 
 
-def fish_shuffled(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
-    """The control: random positions, as many in every tensor as FISH has."""
+def fish_shuffled(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
+    """The control: random positions, as many in every tensor as FISH."""
     return _fixed(model, _shuffled("fish", model, config), config, lr)
 
 
-def sara(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
-    """SaRA's smallest weights, exactly k of them; without re-selection and rank loss.
+def sara(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
+    """SaRA's smallest weights, exactly k of them, without re-selection and rank loss.
 
-    The k-th smallest is smaller than one step at a useful rate, so that a re-selection would let
-    all of them go.
+    The k-th smallest weight is smaller than one step at a useful rate, so a re-selection would drop
+    all of them.
     """
     return sara_phases(model, budget=config["budget"], lam=0.0, reselect=None, **_rates(config, lr))
 
 
-def sara_threshold(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def sara_threshold(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """SaRA with the threshold of 2e-3 of the authors' example, re-selection and rank loss."""
     return sara_phases(model, threshold=2e-3, seed=config["seed"], **_rates(config, lr))
 
 
-def spt(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def spt(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """SPT-LoRA."""
     scores = squared_gradient(model, task.train.batches(config["batch"]), reduction="batch")
     allocation = allocate(model, scores, config["budget"], rank=SPT_RANKS[config["budget"]])
     return spt_phases(model, allocation, seed=config["seed"], **_rates(config, lr))
 
 
-def lora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def lora(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """peft's LoRA on queries and values."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -124,26 +120,22 @@ def lora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, 
     yield Phase("LoRA", groups, config["epochs"])
 
 
-def bitfit(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def bitfit(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """BitFit: all biases."""
     return _fixed(model, biases(model), config, lr)
 
 
-def last_layers(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def last_layers(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """The last of the six layers, and the pooler."""
     return _fixed(model, last_layers_selection(model, 1), config, lr)
 
 
-def child_tuning_f(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def child_tuning_f(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """Child-Tuning-F, p = 0.3."""
     return child_tuning_f_phases(model, seed=config["seed"], **_rates(config, lr))
 
 
-def child_tuning_d(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def child_tuning_d(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """Child-Tuning-D at a budget, with the authors' squared gradient of a batch."""
     batches = task.train.batches(config["batch"])
     return child_tuning_d_phases(
@@ -151,14 +143,14 @@ def child_tuning_d(
     )
 
 
-def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
     """LT-SFT: half of the epochs dense, half masked."""
     rates = {**_rates(config, lr), "lr_dense": LR_DENSE, "epochs": _halves(config)}
     return lt_sft_phases(model, config["budget"], **rates)
 
 
-def sora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
-    """SoRA of rank 8 beside every matrix of the encoder and the pooler."""
+def sora(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
+    """SoRA of rank 8 on every matrix of the encoder and the pooler."""
     return sora_phases(SoRA(model, seed=config["seed"]), **_rates(config, lr))
 
 
@@ -171,9 +163,7 @@ def _halves(config: Config) -> tuple[int, int]:
     return first, config["epochs"] - first
 
 
-def _diff_pruning(
-    model: Any, config: Config, lr: float, groups: Any
-) -> Generator[Phase, None, None]:
+def _diff_pruning(model: Any, config: Config, lr: float, groups: Any) -> Iterator[Phase]:
     return diff_pruning(
         model,
         config["budget"],
@@ -187,14 +177,12 @@ def _diff_pruning(
     )
 
 
-def _fixed(
-    model: Any, selection: Selection, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def _fixed(model: Any, selection: Selection, config: Config, lr: float) -> Iterator[Phase]:
     return fixed_mask(model, selection, **_rates(config, lr))
 
 
 def _shuffled(method: str, model: Any, config: Config) -> Selection:
-    """Random positions, as many in every tensor as a method's row, or its sweep, of the same budget and seed."""
+    """Random positions, as many in every tensor as a method's row of the same budget and seed."""
     like = {"method": method, **{key: config[key] for key in ("budget", "seed", "task")}}
     for name in ("movies", "movies_rates", "domains", "domains_rates"):
         for row in results.read(name):
@@ -205,14 +193,16 @@ def _shuffled(method: str, model: Any, config: Config) -> Selection:
                 }
                 return shuffled_selection(Selection(first, shapes), config["seed"])
     raise ValueError(
-        f"config={dict(config)} shuffles a row of {method} that is not there; run that first"
+        f"config={dict(config)} shuffles the row of {method}, which is missing; run that first"
     )
 
 
+# provenance: apart
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
-        full, unstructured, structured, random, shuffled, fish, fish_shuffled, sara, sara_threshold, spt, lora,
-        bitfit, last_layers, child_tuning_f, child_tuning_d, lt_sft, sora,
+        full, unstructured, structured, random, shuffled, fish, fish_shuffled, sara,
+        sara_threshold, spt, lora, bitfit, last_layers, child_tuning_f, child_tuning_d, lt_sft,
+        sora,
     )
 }  # fmt: skip
