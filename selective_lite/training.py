@@ -212,8 +212,8 @@ def fit(
         If `batches` has no length, or `phases` is a selection; nothing is trained.
     ValueError
         If there is no batch; if a phase trains a parameter that is frozen or not the model's
-        (phases of another model, or ``list(method)``); if the loss is not finite (the phase's step is named;
-        nothing of that step is applied).
+        (phases of another model, or ``list(method)``); if the loss is not finite (the phase's step
+        is named; nothing of that step is applied).
 
     Examples
     --------
