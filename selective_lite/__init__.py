@@ -4,8 +4,8 @@ Four verbs: *score* every weight, *select* exactly k, *train* only these, *ship*
 one small file.
 """
 
+from . import hf as hf
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
-from .layers.masked import masked
 from .layers.small import adapters, add_adapters, linear_weights, merge_adapters, remove_adapters
 from .memory import activation_bytes, ledger, predicted_ledger
 from .params import head_weights, resolve_budget, snapshot, weights
@@ -26,6 +26,7 @@ from .ship.delta import Delta, diff, load
 from .ship.describe import describe
 from .ship.file import DeltaError
 from .ship.peft import to_shira
+from .ship.tuning import masked
 from .training import Phase, constant, cosine_decay, fit, fixed_mask, full_finetuning, linear_decay
 
 __version__ = "0.1.0"

@@ -74,7 +74,10 @@ def combine(
                 index = every if where is None else where.long()
                 parts.setdefault(own[name], []).append((weight, index, values.reshape(-1)))
     of_heads = {
-        own[name] for delta, own in zip(deltas, names, strict=True) for name in delta.head if name in own
+        own[name]
+        for delta, own in zip(deltas, names, strict=True)
+        for name in delta.head
+        if name in own
     }
     if clash := set(parts) & of_heads:
         raise ValueError(f"deltas do not agree whether {min(clash)!r} is part of the head")
@@ -107,7 +110,11 @@ def _chosen(
 ) -> dict[str, Tensor]:
     """The tensors of one of the deltas that go into the result whole, in the base's dtype."""
     renamed = [
-        {own[name]: tensor.to(base[own[name]].dtype) for name, tensor in part.items() if name in own}
+        {
+            own[name]: tensor.to(base[own[name]].dtype)
+            for name, tensor in part.items()
+            if name in own
+        }
         for part, own in zip(found, names, strict=True)
     ]
     for i, other in enumerate(renamed if head is None else ()):

@@ -151,9 +151,7 @@ def find_names(
     return Names(names, tuple(missing))
 
 
-def _prefixes(
-    body: Sequence[str], known: Mapping[str, str], part: str | None
-) -> tuple[str, str]:
+def _prefixes(body: Sequence[str], known: Mapping[str, str], part: str | None) -> tuple[str, str]:
     """What the beginning of a delta's names is in a model: (old, new), both empty if the same."""
     missing = next((name for name in body if name not in known), None)
     if missing is None:

@@ -293,9 +293,9 @@ class Applied:
             )
         for name, pieces in delta.modules.items():
             spec, own = delta.metadata[MODULES][name], names.found[name]
-            self._modules[name] = add_adapters(
-                model, (own,), kind=spec["kind"], rank=spec["rank"]
-            )[own]
+            self._modules[name] = add_adapters(model, (own,), kind=spec["kind"], rank=spec["rank"])[
+                own
+            ]
             self._modules[name].load_state_dict(pieces)
         self._write({name: delta.replaced()[name][1] for name in self._original})
 

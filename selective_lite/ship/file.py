@@ -158,6 +158,8 @@ def decode(path: str | os.PathLike) -> dict[str, Any]:
             _unpack(parts, metadata["shapes"], stream)
         _check_tensors(parts, metadata)
         _check_modules(parts[MODULES], metadata)
+        if metadata["k"] != count(parts):
+            raise DeltaError(f"{path} says {metadata['k']} weights, it holds {count(parts)}")
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
     return {**parts, "metadata": metadata}
@@ -191,16 +193,23 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
             type(size) is int and 0 <= size < 2**63 for size in shape
         ):
             raise DeltaError(f"delta's shape of {name!r} is {shape}")
-    texts = [*metadata["fingerprints"], *(n for others in metadata["ties"].values() for n in others)]
+    texts = [
+        *metadata["fingerprints"],
+        *(n for others in metadata["ties"].values() for n in others),
+    ]
     if not all(type(others) is list for others in metadata["ties"].values()) or not all(
         type(text) is str for text in texts
     ):
         raise DeltaError("delta's ties and fingerprints must be lists of texts")
     for key, value in metadata["base"].items():
-        if key == "id2label" and type(value) is dict:
-            value = next((v for v in value.values() if type(v) is not str), None)
-        if type(value) not in (str, int, type(None)):
-            raise DeltaError(f"delta's {key} of the base is a {type(value).__name__}")
+        labels = value.items() if key == "id2label" and type(value) is dict else None
+        fine = (
+            type(value) in (str, int)
+            if labels is None
+            else all(number.isdecimal() and type(label) is str for number, label in labels)
+        )
+        if not fine:
+            raise DeltaError(f"delta's {key} of the base is {value!r:.80}")
 
 
 def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -258,14 +267,13 @@ def _check_tensors(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> Non
         ):
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
         _check_positions(name, index, prod(shapes[name]))
+    floats = [(name, t) for name, _, t in replaced_by(parts) if name not in parts["buffers"]]
     small = [(name, t) for name, pieces in parts[MODULES].items() for t in pieces.values()]
-    for name, tensor in [(n, t) for n, _, t in replaced_by(parts) if n not in parts["buffers"]] + small:
+    for name, tensor in floats + small:
         if not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}; weights are floating point")
         if name in rounds_to and (rounds_to[name] not in HALVES or tensor.dtype != torch.float32):
             raise DeltaError(f"delta's {name!r} is {tensor.dtype} for {rounds_to[name]!r} weights")
-    if metadata["k"] != count(parts):
-        raise DeltaError(f"delta's metadata say {metadata['k']} weights, it holds {count(parts)}")
 
 
 def count(parts: Mapping[str, Any]) -> int:
@@ -289,6 +297,8 @@ def _check_modules(modules: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
             raise DeltaError(
                 f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
             )
+        if len({tensor.dtype for tensor in modules[name].values()}) > 1:
+            raise DeltaError(f"delta's small module of {name!r} has several dtypes")
 
 
 def fits(pieces: Mapping[str, Tensor], spec: Mapping[str, Any], d_in: int, d_out: int) -> bool:

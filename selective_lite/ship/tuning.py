@@ -189,7 +189,9 @@ class Tuning(MaskedTraining):
         own = adapter_parameters(self.model)
         for name in (*delta.values, *delta.dense):
             if name not in trained:
-                raise ValueError(f"delta is of another selection: {name!r} is not trained; {remedy}")
+                raise ValueError(
+                    f"delta is of another selection: {name!r} is not trained; {remedy}"
+                )
         for name in trained:
             size = tensors_of(self.model)[name].numel()
             index = self.selection.indices.get(name, torch.arange(size, device="cpu"))
