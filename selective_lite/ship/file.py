@@ -50,7 +50,8 @@ def write(
 ) -> None:
     """Write the file in place of what was there; `metadata` must be JSON-able."""
     path, text = Path(path), json.dumps(metadata, sort_keys=True)
-    content = save_bytes(dict(tensors), {"selective_lite": text, "sha256": digest(text, tensors)})
+    header = {"selective_lite": text, "sha256": digest(text, tensors)}
+    content = _ordered(save_bytes(dict(tensors), header))
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(content)
@@ -60,6 +61,17 @@ def write(
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in any, so that equal
+    deltas would not be equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
