@@ -22,7 +22,7 @@ from ...params import weights
 from ...scores import random_scores
 from ...selection import Selection, select
 from ...ship.delta import Delta, diff
-from ...training import fixed_mask
+from ...training import Phase, Phases, fixed_mask
 from ..data.tweets import Texts, bits, load_texts
 from ..models import load_language_model
 from . import results
