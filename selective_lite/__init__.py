@@ -5,6 +5,7 @@ one small file.
 """
 
 from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
+from .heads import HeadWarning
 from .layers.masked import masked
 from .layers.small import adapters, add_adapters, linear_weights, merge_adapters, remove_adapters
 from .memory import activation_bytes, ledger, predicted_ledger
