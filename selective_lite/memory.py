@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers.masked import SUFFIX, compact_parameters, footprint_of
-from .params import check_names, check_prefixes, is_under, owners, preserve_modes
+from .layers.entries import Entries, Selected, dense_of, entries_of
+from .layers.masked import check_selection, footprint_of, gathers
+from .params import (
+    check_prefixes,
+    in_masked_training,
+    is_under,
+    named_parameters,
+    owners,
+    preserve_modes,
+)
 from .scores import Loss, model_loss
 from .selection import Selection
 
 
 def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-    """Bytes that a model and its optimizer hold now; call it after a step, while gradients are there.
+    """Bytes that a model and its optimizer hold now; call it after a step, before ``zero_grad``.
 
     Parameters
     ----------
@@ -29,20 +37,36 @@ def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     -------
     dict
         Bytes by kind: ``weights`` (every unique parameter and buffer), ``gradients``, ``optimizer``
-        (state tensors), ``index`` (positions of a selection). Tensors that share storage count
-        once. A forward's activations are not held between steps: `activation_bytes` counts them.
+        (state tensors), ``index`` (positions of a selection), ``passing`` (dense gradients that
+        every backward forms, and frees, to gather selected entries from them: of tensors that have
+        no sampled gradients). Tensors that share storage count once. A forward's activations are
+        not held between steps: `activation_bytes` counts them.
     """
-    weights: list[Tensor] = list(model.parameters())
-    index: list[Tensor] = []
-    for name, buffer in model.named_buffers():
-        (index if SUFFIX + "_" in name else weights).append(buffer)
+    entries = [module for module in model.modules() if isinstance(module, Entries)]
+    index = [buffer for module in entries for buffer in module.buffers()]
+    ours = {id(buffer) for buffer in index}
+    weights = [*model.parameters(), *(b for b in model.buffers() if id(b) not in ours)]
+    passing = [
+        dense_of(*places[0])
+        for places in owners(model).values()
+        if _trains_entries(*places[0]) and gathers(places)
+    ]
     state = [] if optimizer is None else [t for s in optimizer.state.values() for t in s.values()]
     return {
         "weights": _bytes(weights),
         "gradients": _bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": _bytes(state),
         "index": _bytes(index),
+        "passing": _bytes(passing),
     }
+
+
+def _trains_entries(module: nn.Module, attribute: str) -> bool:
+    return (
+        isinstance(module, Selected)
+        and attribute in type(module).attributes
+        and (entries_of(module, attribute).index is not None)
+    )
 
 
 def predicted_ledger(
@@ -50,10 +74,13 @@ def predicted_ledger(
     selection: Selection | None = None,
     dense: Sequence[str] = (),
     *,
+    head: Sequence[str] | None = None,
     beside: Iterable[Tensor] = (),
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> dict[str, int]:
-    """What `ledger` will say after a step, to the byte, from shapes alone: nothing is trained, no memory is taken.
+    """What `ledger` will say after a step, to the byte, from shapes alone.
+
+    Nothing is trained, and no memory is taken.
 
     Activations are not predicted: they follow from the batch and from what each layer's backward
     needs, not from the weights' shapes; `activation_bytes` measures them.
@@ -63,8 +90,8 @@ def predicted_ledger(
     model
         An ordinary one; on the meta device too, so that a model that does not fit can be asked
         about.
-    selection, dense
-        As in `masked`. Without these two and with nothing beside, every floating-point weight is
+    selection, dense, head
+        As in `masked`; the head is trained with a selection only. Without the first two and with nothing beside, every floating-point weight is
         trained.
     beside
         Tensors that will be added and trained, such as a LoRA's or gates; only their shapes and
@@ -85,31 +112,28 @@ def predicted_ledger(
         If the model is in masked training, or `selection` or `dense` do not fit it or each other
         (as in `masked`).
     """
-    if any(compact_parameters(model)):
+    if in_masked_training(model):
         raise ValueError("model is in masked training: leave that first, or measure it with ledger")
-    named = dict(model.named_parameters())
-    indices, shapes = (selection.indices, selection.shapes) if selection else ({}, {})
-    prefixes = check_prefixes(dense, named, "dense")
-    check_names(indices, named, "selection")
-    for name in indices:
-        if shapes[name] != (shape := tuple(named[name].shape)) or is_under(name, prefixes):
-            raise ValueError(
-                f"selection[{name!r}] is for shape {shapes[name]}, not {shape}, or dense names it too"
-            )
+    named, places = named_parameters(model), owners(model)
+    indices = selection.indices if selection else {}
+    also: list[str] = []
+    if selection is not None:
+        heads, also = check_selection(model, selection, dense, head)
+        also = [*heads, *also]
+    elif dense:
+        prefixes = check_prefixes(dense, named, "dense")
+        also = [name for name in named if is_under(name, prefixes)]
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
-    places = owners(model)
     parts = [footprint_of(index, named[name], places[name]) for name, index in partly.items()]
-    precise = {name: torch.promote_types(named[name].dtype, torch.float32) for name in partly}
-    added = [
-        *beside,
-        *(torch.empty(len(partly[name]), dtype=precise[name], device="meta") for name in partly),
-    ]
-    whole = {name for name in named if is_under(name, prefixes)} | (indices.keys() - partly.keys())
+    added = [*beside, *(_like(named[n], (len(index),)) for n, index in partly.items())]
+    whole = [*also, *(name for name in indices if name not in partly)]
+    halves = {name for name in whole if named[name].element_size() < 4} if selection else set()
+    added += [_like(named[name], named[name].shape) for name in whole if name in halves]
     if not added and not whole:
-        whole = {name for name, p in named.items() if p.is_floating_point()}
+        whole = [name for name, p in named.items() if p.is_floating_point()]
     trained = [
         nn.Parameter(torch.empty_like(t, device="meta"))
-        for t in (*added, *(named[name] for name in whole))
+        for t in (*added, *(named[name] for name in whole if name not in halves))
     ]
     for p in trained:
         p.grad = torch.empty_like(p)
@@ -120,11 +144,18 @@ def predicted_ledger(
         "gradients": sum(p.nbytes for p in trained),
         "optimizer": ledger(model, stepped)["optimizer"],
         "index": _bytes(chain(partly.values(), *parts)),
+        "passing": sum(named[name].nbytes for name in partly if gathers(places[name])),
     }
 
 
+def _like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A compact parameter or master of a tensor, on the meta device."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> int:
-    """Bytes that autograd keeps for the backward of one training step, beside the model's own tensors and the batch.
+    """Bytes that autograd keeps for the backward of one step, without the model and the batch.
 
     Selecting saves few of them: a layer's input is kept wherever one of its weights is trained
     (where these are few, only the features that they read), and most other layers need theirs for

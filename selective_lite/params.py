@@ -1,16 +1,80 @@
-"""Which weights count: the candidates of a selection, the task head beside them, and budgets."""
+"""Parameters: their names, places and ties, the candidates of a selection, and budgets."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-# Task classifiers by the names `transformers` gives them. A language-model head is pretrained, so
-# it is a candidate.
-HEADS = ("classifier", "score", "qa_outputs")
+from .heads import find_head
+from .layers.entries import Entries
+
+# Modules that hold the real one as a child, and put their own word into every name.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and ``DistributedDataParallel``; any other one as it is.
+
+    Raises
+    ------
+    TypeError
+        For ``nn.DataParallel``, whose copies of the model would train nothing.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(
+                "model is wrapped in nn.DataParallel, whose replicas cannot train a selection; "
+                "use DistributedDataParallel (torchrun), or one GPU"
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def clean(name: str) -> str:
+    """A dotted name without the words that wrappers put into it."""
+    if not any(word in name for word in WRAPPED):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every place a parameter is registered at, the compact values of masked training left out."""
+    for path, module in unwrap(model).named_modules():
+        if not isinstance(module, Entries):
+            prefix = clean(path) + "." if clean(path) else ""
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield prefix + attribute, module, attribute, parameter
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every unique parameter by its canonical (first) name, in model order.
+
+    Wrappers leave no trace in the names, and the compact values of masked training are left out.
+    """
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, _, _, parameter in _registered(model):
+        found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Every unique buffer that a ``state_dict`` holds, by its first name, in model order."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in unwrap(model).named_modules():
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (clean(f"{path}.{attribute}".lstrip(".")), buffer))
+    return dict(found.values())
 
 
 def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -26,15 +90,26 @@ def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     Returns
     -------
     dict
-        ``{name: [(module, attribute), ...]}`` in the order of ``model.named_parameters()``.
+        ``{name: [(module, attribute), ...]}`` in model order.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model).items()}
     places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names.values()}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places[names[parameter]].append((module, attribute))
+    for _, module, attribute, parameter in _registered(model):
+        places[names[id(parameter)]].append((module, attribute))
     return places
+
+
+def ties(model: nn.Module) -> dict[str, list[str]]:
+    """The other names of every tied parameter, ``{canonical name: [other names]}``."""
+    names = {id(p): name for name, p in named_parameters(model).items()}
+    found: dict[str, list[str]] = {}
+    for path, module in unwrap(model).named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            name = clean(f"{path}.{attribute}".lstrip("."))
+            canonical = names.get(id(parameter))
+            if canonical is not None and name != canonical:
+                found.setdefault(canonical, []).append(name)
+    return found
 
 
 def is_under(name: str, prefixes: Sequence[str]) -> bool:
@@ -43,39 +118,52 @@ def is_under(name: str, prefixes: Sequence[str]) -> bool:
 
 
 def check_prefixes(
-    prefixes: str | Sequence[str], names: Collection[str], what: str
+    prefixes: str | Sequence[str], names: Collection[str], argument: str
 ) -> tuple[str, ...]:
-    """The prefixes as a tuple; raise a `ValueError` that names the first one under which there is none of `names`."""
+    """The prefixes as a tuple; a `ValueError` says the first that fits none of `names`."""
     found = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
     for prefix in found:
         if not any(is_under(name, (prefix,)) for name in names):
             known = next(iter(names), None)
             raise ValueError(
-                f"{what}={prefix!r} names no parameter; give names or prefixes, such as {known!r}"
+                f"{argument}={prefix!r} names no parameter; give names or prefixes, such as {known!r}"
             )
     return found
 
 
-def _head_prefixes(model: nn.Module, head: Sequence[str] | None) -> tuple[str, ...]:
+def _head_prefixes(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
     if head is None:
-        return tuple(name for name, _ in model.named_children() if name in HEADS)
-    return check_prefixes(head, dict(model.named_parameters()), "head")
+        return tuple(map(clean, find_head(unwrap(model))))
+    return check_prefixes(head, named_parameters(model), "head")
 
 
-def _floating(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds plain numbers of at least 16 bits; quantized ones do not."""
+    if hasattr(parameter, "device_mesh"):
+        raise ValueError(
+            f"model's {name!r} is sharded over processes (FSDP or tensor parallel), which is not "
+            "supported yet; use DistributedDataParallel, or select before sharding"
+        )
+    plain = not hasattr(type(parameter), "__tensor_flatten__")
+    return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+def weights(
+    model: nn.Module, head: Sequence[str] | None = None, *, with_frozen: bool = False
+) -> dict[str, nn.Parameter]:
     """The candidates of a selection: unique floating-point parameters outside the task head.
 
     Parameters
     ----------
     model
-        Any module. A tied parameter appears once, under its first name; buffers never appear.
+        Any module. A tied parameter appears once, under its first name; buffers and quantized
+        tensors never appear.
     head
-        Prefixes of the task head, always trained and outside the budget. ``None`` finds a top-level
-        ``classifier``, ``score`` or ``qa_outputs``; ``()`` says that there is none.
+        Names or prefixes of the task head, always trained and outside the budget. ``None`` finds
+        it (see `heads.find_head`); ``()`` says that there is none.
+    with_frozen
+        Include parameters with ``requires_grad=False``. They stay frozen otherwise, unless all
+        candidates are frozen.
 
     Returns
     -------
@@ -85,25 +173,38 @@ def weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn
     Raises
     ------
     ValueError
-        If a prefix names nothing, or no candidate is left.
+        If a prefix names nothing, no candidate is left, or a parameter is sharded.
     """
     prefixes = _head_prefixes(model, head)
-    found = {name: p for name, p in _floating(model) if not is_under(name, prefixes)}
+    named = named_parameters(model).items()
+    outside = {name: p for name, p in named if not is_under(name, prefixes)}
+    found = {name: p for name, p in outside.items() if _trainable_type(name, p)}
     if not found:
         raise ValueError(
-            f"model has no floating-point parameter outside its head {prefixes}; nothing can be selected"
+            f"model has no floating-point parameter outside its head {prefixes}, so nothing can be "
+            "selected (quantized tensors cannot)"
         )
-    return found
+    free = {name: p for name, p in found.items() if p.requires_grad}
+    return free if free and not with_frozen and not in_masked_training(model) else found
 
 
 def head_weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """The parameters of the task head, ``{name: parameter}``; arguments and errors as in `weights`."""
+    """The parameters of the task head, ``{name: parameter}``; arguments, errors as `weights`."""
     prefixes = _head_prefixes(model, head)
-    return {name: p for name, p in _floating(model) if is_under(name, prefixes)}
+    return {
+        name: p
+        for name, p in named_parameters(model).items()
+        if is_under(name, prefixes) and _trainable_type(name, p)
+    }
+
+
+def in_masked_training(model: nn.Module) -> bool:
+    """Whether a layer of the model trains selected entries now."""
+    return any(isinstance(module, Entries) for module in unwrap(model).modules())
 
 
 def resolve_budget(budget: int | float, total: int) -> int:
-    """Turn a budget into a number of weights: k = round(budget * total) for a fraction, the count itself for an int.
+    """Turn a budget into a number of weights: a count itself, or round(fraction * total).
 
     Parameters
     ----------
@@ -120,7 +221,7 @@ def resolve_budget(budget: int | float, total: int) -> int:
     Raises
     ------
     TypeError
-        If `budget` is a ``bool`` or no number.
+        If `budget` is a ``bool`` or not a number.
     ValueError
         If it lies outside its range, or rounds to no weight at all.
     """
@@ -143,7 +244,7 @@ def resolve_budget(budget: int | float, total: int) -> int:
         k = operator.index(budget)
     except TypeError:
         raise TypeError(
-            f"budget={budget!r} is no number; give a count (int) or a fraction in (0, 1] (float)"
+            f"budget={budget!r} is not a number; give a count (int) or a fraction in (0, 1] (float)"
         ) from None
     if not 1 <= k <= total:
         raise ValueError(f"budget={k} is outside [1, {total}], the number of candidate weights")
@@ -162,27 +263,48 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is in evaluation mode; every module's mode is restored."""
+    with preserve_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A block in which of a model's parameters exactly these require gradients; every flag is put back after it."""
+    """A block in which exactly these of a model's parameters require gradients."""
     flags, chosen = [(p, p.requires_grad) for p in model.parameters()], set(parameters)
     try:
         for p, _ in flags:
-            p.requires_grad_(p in chosen)
+            if (p in chosen) != p.requires_grad:  # quantized tensors cannot be asked to
+                p.requires_grad_(p in chosen)
         yield
     finally:
         for p, flag in flags:
-            p.requires_grad_(flag)
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A detached copy of every unique parameter, ``{name: tensor}``, on the parameter's device and dtype."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """A detached copy of every unique parameter and persistent buffer, ``{name: tensor}``.
+
+    Copies are on the tensor's device, in its dtype.
+    """
+    tensors: dict[str, Any] = {**named_parameters(model), **named_buffers(model)}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def check_names(given: Iterable[str], known: Collection[str], what: str) -> None:
-    """Raise a `ValueError` that says the first of the names `given` that is no parameter among `known`."""
+def device_of(model: nn.Module) -> torch.device | None:
+    """The one device that all parameters are on; None where they are on several, or there is none."""
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def check_names(given: Iterable[str], known: Collection[str], argument: str) -> None:
+    """Raise a `ValueError` that says the first of the names `given` that is not in `known`."""
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(
-            f"{what} holds {unknown[0]!r}, which is no parameter of this model (or a tied one's second name)"
+            f"{argument} holds {unknown[0]!r}, which is not a parameter of this model (or is the "
+            "second name of a tied one)"
         )

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .params import check_prefixes, is_under, only_trainable, preserve_modes, weights
+from .batches import Batch, Loss, check_loss, model_loss, samples_of, to_device
+from .params import (
+    check_prefixes,
+    evaluating,
+    in_masked_training,
+    is_under,
+    only_trainable,
+    weights,
+)
 
 Scores = dict[str, Tensor]
-Batch = Mapping[str, Tensor]
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean loss that a Hugging Face model computes itself, a scalar: ``model(**batch).loss``."""
-    return model(**batch).loss
 
 
 def magnitude(model: nn.Module, head: Sequence[str] | None = None) -> Scores:
@@ -56,15 +57,14 @@ def movement(
 
 
 def random_scores(model: nn.Module, seed: int, head: Sequence[str] | None = None) -> Scores:
-    """The control: uniform random scores in (0, 1), float32 on CPU, a function of `seed` and the shapes alone."""
+    """The control: uniform random scores in (0, 1), float32 on CPU.
+
+    They are a function of `seed` and of the candidates' shapes only.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: 1
-        - torch.rand(
-            p.shape, generator=generator, dtype=torch.float32, device="cpu"
-        )  # rand is in [0, 1)
-        for name, p in weights(model, head).items()
-    }
+    draw = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
+    # rand is in [0, 1), and a score of 0 would never be selected
+    return {name: 1 - draw(p.shape) for name, p in weights(model, head).items()}
 
 
 def squared_gradient(
@@ -119,8 +119,9 @@ def squared_gradient(
     def parts() -> Iterator[Batch]:
         for batch in batches:
             if labels == "model":
+                batch = to_device(batch, model)
                 batch = {**batch, "labels": _drawn_labels(model, batch, generator)}
-            yield from _samples(batch) if reduction == "per_sample" else (batch,)
+            yield from samples_of(batch) if reduction == "per_sample" else (batch,)
 
     return _accumulate(model, parts(), loss, head, torch.square)
 
@@ -156,7 +157,7 @@ def taylor(
     if order == 1:
         gradient = _accumulate(model, batches, loss, head, lambda g: g)
         return {name: (gradient[name] * p.detach()).abs_() for name, p in candidates.items()}
-    samples = [sample for batch in batches for sample in _samples(batch)]
+    samples = [sample for batch in batches for sample in samples_of(batch)]
     g = _accumulate(model, samples, loss, head, lambda g: g / len(samples))
     h = _accumulate(model, samples, loss, head, lambda g: g.square() / len(samples))
     return {
@@ -196,14 +197,14 @@ def expected_squared_gradient(
 
     def parts() -> Iterator[Batch]:
         for batch in batches:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            inputs = {k: v for k, v in to_device(batch, model).items() if k != "labels"}
             with torch.no_grad():
                 shape = model(**inputs).logits.shape
             if len(shape) != 2:
                 raise ValueError(
                     f"logits have shape {tuple(shape)}, not (samples, classes); use squared_gradient"
                 )
-            for sample in _samples(inputs):
+            for sample in samples_of(inputs):
                 yield from (
                     {**sample, "labels": torch.tensor(c, device="cpu")} for c in range(shape[1])
                 )
@@ -219,14 +220,14 @@ def expected_squared_gradient(
     return _accumulate(model, parts(), root_of_term, head, torch.square)
 
 
-def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
+def exclude(scores: Mapping[str, Tensor], names: str | Sequence[str]) -> Scores:
     """The scores with zeros for tensors that must not be selected from; `select` never takes a zero.
 
     Parameters
     ----------
     scores
         ``{name: tensor}``; it is not changed, and what is not excluded is not copied.
-    frozen
+    names
         Names or dotted prefixes of tensors. They still count in a fraction's total.
 
     Raises
@@ -234,7 +235,7 @@ def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
     ValueError
         If a prefix names nothing.
     """
-    prefixes = check_prefixes(frozen, scores, "frozen")
+    prefixes = check_prefixes(names, scores, "names")
     return {
         name: torch.zeros_like(s) if is_under(name, prefixes) else s for name, s in scores.items()
     }
@@ -243,15 +244,6 @@ def exclude(scores: Mapping[str, Tensor], frozen: Sequence[str]) -> Scores:
 def _one_of(argument: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{argument}={value!r} is unknown; choose one of {allowed}")
-
-
-def _samples(batch: Batch) -> Iterator[Batch]:
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"batches holds a {type(batch).__name__}; per-sample scores take mappings of tensors"
-        )
-    size = len(next(iter(batch.values())))
-    return ({key: value[i : i + 1] for key, value in batch.items()} for i in range(size))
 
 
 @torch.no_grad()
@@ -272,6 +264,8 @@ def _accumulate(
     of: Callable[[Tensor], Tensor],
 ) -> Scores:
     """Sum `of(gradient)` over batches for every candidate, holding no two gradients; ``.grad`` is left alone."""
+    if in_masked_training(model):
+        raise ValueError("model is in masked training; leave that before it is scored")
     candidates = weights(model, head)
     # In half precision a sum of a thousand squares would saturate.
     sums = {
@@ -279,10 +273,12 @@ def _accumulate(
         for p in candidates.values()
     }
     batch = None
-    with preserve_modes(model), only_trainable(model, sums), torch.enable_grad():
-        model.eval()
+    with evaluating(model), only_trainable(model, sums), torch.enable_grad():
         for batch in batches:
-            _add_gradients(loss(model, batch), sums, of)
+            batch = to_device(batch, model)
+            found = loss(model, batch)
+            check_loss(found.detach(), batch, "in scoring")
+            _add_gradients(found, sums, of)
     if batch is None:
         raise ValueError("batches is empty; a gradient score needs at least one batch")
     scores = {name: sums[p] for name, p in candidates.items()}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .params import resolve_budget, weights
-from .scores import ALL_ZERO, NOT_FINITE, check_scores
+from .scores import ALL_ZERO, NOT_FINITE, check_scores, random_scores
 
-CHUNK = 1 << 18  # scores looked at together: what selecting holds beside the scores and the result
+CHUNK = 1 << 18  # scores per chunk; bounds the extra memory of `select`
+SAVED = "selective_lite.selection"  # the key of a selection's metadata in its file
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +31,13 @@ class Selection:
         has no entry.
     shapes
         ``{name: shape}`` of every candidate tensor, in model order.
+    method
+        How it was made, for the reader of a file: ``"FISH"``.
     """
 
     indices: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
+    method: str = ""
 
     def __post_init__(self) -> None:
         for name, positions in self.indices.items():
@@ -82,6 +90,39 @@ class Selection:
         for name, positions in self.indices.items():
             found[name].view(-1)[positions] = True
         return found
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the selection as safetensors: int32 positions (int64 where they need it).
+
+        Examples
+        --------
+        >>> selection.save("fish.selection.safetensors")
+        >>> again = Selection.load("fish.selection.safetensors")
+        """
+        narrow = {
+            n: i.int() if prod(self.shapes[n]) < 2**31 else i for n, i in self.indices.items()
+        }
+        described = {"method": self.method, "shapes": self.shapes}
+        save_file(narrow, path, {SAVED: json.dumps(described)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Selection:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file holds something else, or is damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                described = json.loads((file.metadata() or {})[SAVED])
+                found = {name: file.get_tensor(name).long() for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
+            ordered = {name: found.pop(name) for name in shapes if name in found}
+            return cls({**ordered, **found}, shapes, described["method"])
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a selection: {error}") from None
 
     def overlap(self, other: Selection) -> float:
         """Shared weights over the smaller count, in [0, 1]; two random selections share about ``other.fraction``."""
@@ -144,7 +185,7 @@ def select(
     cutoff, ties = _kth_key(scores, largest, wide, k, histogram)
     found = torch.empty(
         k, dtype=torch.int64, device="cpu"
-    )  # one buffer: pieces would lie between the freed chunks
+    )  # preallocated: small results would fragment the memory that chunks free
     taken, counts = 0, dict.fromkeys(shapes, 0)
     for name, _, start, key in sort_keys(scores, largest, wide):
         positions = (key >= cutoff).nonzero().squeeze(1)
@@ -208,11 +249,15 @@ def sort_keys(scores: Mapping[str, Tensor], largest: bool, wide: bool) -> Keys:
 def _survey(
     scores: Mapping[str, Tensor], largest: bool, wide: bool = False
 ) -> tuple[bool, dict, int, Tensor]:
-    """The first pass: is one float64, all shapes, how many scores are not zero, how often each first 16 bits occur."""
+    """The first pass over the scores.
+
+    Whether any tensor is float64, every shape, the number of non-zero scores, and a histogram of
+    the keys' top 16 bits.
+    """
     shapes, nonzero, histogram = {}, 0, torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     bits, edge = (
         (64, 16) if wide else (32, 128)
-    )  # that many keys at either end are infinite, or no numbers
+    )  # this many buckets at each end can only hold inf or NaN
     for name, shape, _, key in sort_keys(scores, largest, wide):
         if key.dtype == torch.int64 and not wide:
             break
@@ -249,6 +294,21 @@ def _kth_key(
         wanted -= int(above[passed] - histogram[-1 - passed])
         prefix = (prefix << 16) + first + (1 << 16) - 1 - passed
     return prefix, wanted
+
+
+def random(
+    model: nn.Module, budget: int | float, seed: int, head: Sequence[str] | None = None
+) -> Selection:
+    """The control: k weights, uniform over all candidates.
+
+    Arguments and errors as in `select` and `weights`; the draw is a function of `seed` and of the
+    candidates' shapes only.
+
+    Examples
+    --------
+    >>> selection = random(model, 0.005, seed=0)
+    """
+    return replace(select(random_scores(model, seed, head), budget), method="random")
 
 
 def random_nonzero(scores: Mapping[str, Tensor], budget: int | float, seed: int) -> Selection:

@@ -1,41 +1,61 @@
-"""Masked training: the selected weights become compact parameters, and no dense weight gradient is ever formed.
+"""Masked training: only the selected weights move, and no dense gradient is formed that is not needed.
 
 The paper's line is ``P <- P - lr * (grad P * M)``. Zeroing gradients under a dense optimizer leaks
 (weight decay, stale momentum, clipping) and saves no memory. Here the k selected weights of a
-tensor are one vector, a leaf that lives in the module; the dense tensor stays in place, frozen, and
-takes the vector's values before every forward.
+tensor become one compact parameter, a leaf that lives in the model (see `entries`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from itertools import chain
-from typing import Any
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..params import check_names, check_prefixes, is_under, owners
+from ..params import (
+    check_names,
+    check_prefixes,
+    head_weights,
+    in_masked_training,
+    is_under,
+    named_buffers,
+    named_parameters,
+    owners,
+    unwrap,
+    weights,
+)
 from ..selection import Selection
-from .sampled import embedding, footprint, linear, scatter
+from .entries import (
+    Entries,
+    attach_entries,
+    current,
+    dense_of,
+    detach_entries,
+    samples,
+    why_refused,
+)
+from .sampled import footprint
 
-SUFFIX = "_selected"  # a module's compact vector beside `weight` is `weight_selected`
-INDEX = (
-    "_index",
-    "_rows",
-    "_columns",
-)  # behind it, buffers: flat positions, and the footprint of a sampled product
+STAMP = "selection"  # the key of an optimizer's group that says which selection it trains
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+Self = TypeVar("Self", bound="MaskedTraining")
+Places = Sequence[tuple[nn.Module, str]]
 
 
-class masked:
-    """Train only a selection (and some whole tensors); leaving restores an ordinary model.
+class MaskedTraining:
+    """Train only a selection, the task head, and some whole tensors; leaving restores the model.
 
-    Inside, ``model.parameters()`` that require gradients are the compact vectors and the `dense`
+    Inside, ``model.parameters()`` that require gradients are the compact parameters and the whole
     tensors, so that any optimizer, ``clip_grad_norm_``, ``zero_grad`` and a gradient scaler see
-    them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding`` and Hugging Face's ``Conv1D``
-    get sampled gradients; a tensor selected whole trains as it is; selected entries of small
-    tensors (vectors: biases, norms) gather theirs from the dense gradient.
+    them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding``, Hugging Face's ``Conv1D``
+    and of subclasses that keep their forward get sampled gradients. Those of any other tensor are
+    gathered from its dense gradient, which lives for a moment in the backward. A tensor that is
+    selected whole trains as it is. What is trained in half precision gets a float32 master.
 
     Parameters
     ----------
@@ -44,21 +64,30 @@ class masked:
     selection
         Which weights are trained.
     dense
-        Names or prefixes of parameters that are trained whole beside it, such as the task head.
+        Names or prefixes of parameters that are trained whole as well.
+    head
+        The task head, which is trained whole: as in `weights`. ``()`` trains none.
     shrinks
-        Make compact vectors of tensors that are selected whole too, so that `shrink` can drop any
-        of their entries.
+        Use compact parameters even for tensors that are selected whole, so that `shrink` can drop
+        any of their entries.
+    sampled
+        Sample gradients where a layer can. ``False`` gathers all of them from dense gradients,
+        which takes more time and memory, and has second derivatives.
+    allow_unused
+        Whether a selected tensor may be without a gradient at an optimizer's first step. ``None``
+        allows it for models that skip layers at random or hold experts in modules of their own.
 
     Raises
     ------
     ValueError
-        If the selection names an unknown tensor or another shape, if `dense` names nothing or
-        overlaps with the selection, or if a selected matrix belongs to a module without a sampled
-        gradient. The model is unchanged.
+        If the selection names an unknown tensor or another shape, a name of `dense` or `head` is
+        wrong or selected too, or a tensor cannot be selected in part; all of them are named. The
+        model is unchanged. Later, from an optimizer's step: if it was made before the masking, its
+        state is of another selection, or a selected tensor got no gradient.
 
     Examples
     --------
-    >>> with masked(model, selection, dense=("classifier",)):
+    >>> with MaskedTraining(model, selection):
     ...     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     ...     ...  # any training loop
     """
@@ -67,257 +96,357 @@ class masked:
         self,
         model: nn.Module,
         selection: Selection,
-        dense: Sequence[str] = (),
+        dense: str | Sequence[str] = (),
         *,
+        head: Sequence[str] | None = None,
         shrinks: bool = False,
+        sampled: bool = True,
+        allow_unused: bool | None = None,
     ) -> None:
-        if any(compact_parameters(model)):
-            raise ValueError("model is already in masked training; leave that first")
-        named = dict(model.named_parameters())
-        places = owners(model)
-        prefixes = check_prefixes(dense, named, "dense")
-        dense_names = [name for name in named if is_under(name, prefixes)]
-        check_names(selection.indices, named, "selection")
-        whole = {
-            name
-            for name, i in selection.indices.items()
-            if len(i) == named[name].numel() and not shrinks
-        }
-        for name in selection.indices:
-            if name in dense_names:
-                raise ValueError(f"dense and selection both name {name!r}; train it one way")
-            _check(name, name in whole, selection.shapes[name], named[name], places[name])
-
-        self.model, self.selection = model, selection
+        heads, also = check_selection(model, selection, dense, head, shrinks=shrinks)
+        self.model, self.selection, self.sampled = unwrap(model), selection, sampled
+        self.head_names = heads
+        self.total = sum(p.numel() for p in weights(model, heads).values())
+        self.allow_unused = _skips(self.model) if allow_unused is None else allow_unused
+        named, self._places = named_parameters(model), owners(model)
         self._flags = {name: p.requires_grad for name, p in named.items()}
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
-        self._compact: dict[str, nn.Parameter] = {}
-        self._dense = [named[name] for name in dense_names]
-        for name, parameter in named.items():
-            parameter.requires_grad_(name in dense_names)
+        self._trained: dict[str, nn.Parameter] = {}  # by name: compact, master, or as it is
+        self._entries: dict[str, Entries] = {}
+        self._final: dict[str, Tensor] | None = None
+        for parameter in named.values():
             parameter.grad = None
-        for name, positions in selection.indices.items():
-            if name in whole:  # it trains as it is
-                named[name].requires_grad_(True)
-                self._compact[name] = named[name]
+            if parameter.requires_grad:  # a quantized tensor cannot be asked to
+                parameter.requires_grad_(False)
+        for name in (*selection.indices, *heads, *also):
+            index = selection.indices.get(name)
+            p, places = named[name], self._places[name]
+            whole = index is None or (len(index) == p.numel() and not shrinks)
+            precise = torch.promote_types(p.dtype, torch.float32) == p.dtype
+            if whole and precise:
+                self._trained[name] = p.requires_grad_(True)
                 continue
-            index = positions.to(named[name].device)
-            parts = (None, None) if shrinks else footprint_of(index, named[name], places[name])
-            values = named[name].detach().reshape(-1)[index]
-            self._compact[name] = nn.Parameter(
-                values.to(torch.promote_types(values.dtype, torch.float32))
-            )
-            self._places[name] = places[name]
-            for module, attribute in places[name]:
-                module.register_parameter(attribute + SUFFIX, self._compact[name])
-                for part, tensor in zip(INDEX, (index, *parts), strict=True):
-                    module.register_buffer(attribute + SUFFIX + part, tensor, persistent=False)
-                module.__class__ = _masked_class(type(module), attribute)  # type: ignore[arg-type]
+            at = None if whole or index is None else index.to(p.device)
+            parts = (None, None) if at is None or shrinks else footprint_of(at, p, places, sampled)
+            self._entries[name] = entries = Entries(p, at, *parts)
+            self._trained[name] = entries.values
+            for module, attribute in places:
+                product = sampled and at is not None and samples(module, attribute)
+                attach_entries(module, attribute, entries, product)
+        self._buffers = {n: b.detach().cpu().clone() for n, b in named_buffers(model).items()}
+        self._start = self._now(precise=False)
+        self._checked = weakref.WeakSet[torch.optim.Optimizer]()
+        own = weakref.ref(self)
+        self._hook = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
+        _OPEN[self.model] = self
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model was restored."""
+        return self._final is not None
+
+    @property
+    def gathered(self) -> list[str]:
+        """Matrices and larger tensors whose selected gradients are gathered from dense ones."""
+        return [
+            name
+            for name, entries in self._entries.items()
+            if entries.index is not None
+            and dense_of(*self._places[name][0]).dim() > 1
+            and gathers(self._places[name], self.sampled)
+        ]
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the selection trains: a compact vector (or a whole tensor) for every tensor of the selection."""
-        return list(self._compact.values())
+        """What the selection trains: a compact parameter, or a whole tensor, for each tensor."""
+        return [self._trained[name] for name in self.selection.indices]
 
     def dense_parameters(self) -> list[nn.Parameter]:
-        """What is trained whole beside the selection."""
-        return list(self._dense)
+        """What is trained whole: the head, and what `dense` names."""
+        return [p for name, p in self._trained.items() if name not in self.selection.indices]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The task head."""
+        return [self._trained[name] for name in self.head_names]
+
+    def start(self) -> dict[str, Tensor]:
+        """What it trains, and the buffers, as they were: ``{name: tensor}`` on the CPU.
+
+        (k,) for a tensor that is selected in part, else its shape; in the model's dtypes.
+        """
+        return {**self._start, **self._buffers}
+
+    def values(self, precise: bool = False) -> dict[str, Tensor]:
+        """The same tensors as `start`, as they are now, or were when the training was closed.
+
+        Parameters
+        ----------
+        precise
+            Give float32 masters, where there are some, unrounded.
+        """
+        if self._final is not None:
+            return (
+                self._final
+                if precise
+                else {n: t.to(self._dtypes[n]) for n, t in self._final.items()}
+            )
+        named = named_buffers(self.model)
+        buffers = {n: named[n].detach().cpu().clone() for n in self._buffers if n in named}
+        return {**self._now(precise), **buffers}
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        dtypes = {name: dense_of(*self._places[name][0]).dtype for name in self._trained}
+        return {**dtypes, **{name: b.dtype for name, b in self._buffers.items()}}
+
+    def _now(self, precise: bool) -> dict[str, Tensor]:
+        found = {}
+        for name, p in self._trained.items():
+            index = self.selection.indices.get(name)
+            entries = self._entries.get(name)
+            if entries is not None and not (precise and len(p.reshape(-1)) == self._size(name)):
+                dense, _ = current(*self._places[name][0])
+                flat = dense.detach().reshape(-1)
+                p = dense if entries.index is None else flat[index.to(flat.device)]  # type: ignore
+            found[name] = p.detach().cpu().clone()
+        return found
+
+    def _size(self, name: str) -> int:
+        """How many values a tensor's entries had at the start; `shrink` drops some."""
+        index = self.selection.indices.get(name)
+        return dense_of(*self._places[name][0]).numel() if index is None else len(index)
 
     def shrink(self, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Stop training a part of the selection: what is dropped stays at its value, survivors keep their moments.
+        """Stop training a part of the selection: dropped entries stay as they are.
 
         Parameters
         ----------
         keep
-            ``{name: bool vector}``, one entry for every value of that tensor's compact vector.
+            ``{name: bool vector}``, one entry for every value of that tensor's compact parameter.
         optimizer
-            Whose state is shrunk along.
+            Its state shrinks along: survivors keep their moments.
 
         Raises
         ------
         ValueError
-            If `keep` names a tensor without a compact vector, or has another length. Nothing is
+            If `keep` names a tensor without a compact parameter, or has another length. Nothing is
             changed.
         """
         for name, kept in keep.items():
-            if name not in self._places:
+            if name not in self._entries or self._entries[name].index is None:
                 raise ValueError(
-                    f"keep names {name!r}, which has no compact vector; give masked(..., shrinks=True)"
+                    f"keep names {name!r}, which has no compact parameter; give "
+                    "masked(..., shrinks=True)"
                 )
-            if kept.dtype != torch.bool or kept.shape != self._compact[name].shape:
-                expected = tuple(self._compact[name].shape)
+            expected = tuple(self._trained[name].shape)
+            if kept.dtype != torch.bool or kept.shape != expected:
                 raise ValueError(
-                    f"keep[{name!r}] is {kept.dtype} of shape {tuple(kept.shape)}, not bool of {expected}"
+                    f"keep[{name!r}] is {kept.dtype} of shape {tuple(kept.shape)}, not bool of "
+                    f"{expected}"
                 )
         for name, kept in keep.items():
-            values = self._compact[name]
+            entries, values = self._entries[name], self._trained[name]
             for module, attribute in self._places[name]:
-                write_selected(module, attribute)
+                current(module, attribute)
             for key, state in optimizer.state.get(values, {}).items():
                 if torch.is_tensor(state) and state.shape == values.shape:
                     optimizer.state[values][key] = state[kept]
             gradient, values.grad = values.grad, None
-            for module, attribute in self._places[name]:
-                index = attribute + SUFFIX + INDEX[0]
-                setattr(module, index, getattr(module, index)[kept])
+            entries.index = entries.index[kept]  # type: ignore[index]
             kept_values = values.data[kept]
-            # While the last loss lives, autograd has a node that expects the old length: a change
-            # of dtype drops it.
+            # While the last loss is alive, the parameter's AccumulateGrad node expects the old
+            # shape; assigning data of another dtype makes autograd discard the node.
             values.data = kept_values.half()
             values.data = kept_values
             values.grad = None if gradient is None else gradient[kept]
 
     def close(self) -> None:
-        """Write the trained values into the weights and make the model an ordinary one again; twice does nothing."""
-        for places in self._places.values():
-            for module, attribute in places:
-                write_selected(module, attribute)
-                module.__class__ = type(module).masked_base  # type: ignore[attr-defined]
-                delattr(module, attribute + SUFFIX)
-                for part in INDEX:
-                    delattr(module, attribute + SUFFIX + part)
-        for name, parameter in self.model.named_parameters():
-            if name in self._flags:
+        """Write the trained values into the weights and restore the model; twice does nothing."""
+        if self.closed:
+            return
+        self._hook.remove()
+        _OPEN.pop(self.model, None)
+        self._final = self.values(precise=True)
+        unmask(self.model)
+        for name, parameter in named_parameters(self.model).items():
+            if name in self._flags and parameter.requires_grad != self._flags[name]:
                 parameter.requires_grad_(self._flags[name])
-        self._places, self._flags = {}, {}
 
-    def __enter__(self) -> masked:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @cached_property
+    def stamp(self) -> str:
+        """A fingerprint of the selection, which optimizers carry in their state."""
+        found = hashlib.sha256()
+        for name, index in self.selection.indices.items():
+            found.update(f"{name}\n".encode())
+            found.update(index.numpy().tobytes())
+        return found.hexdigest()[:16]
 
-def _check(
-    name: str,
-    whole: bool,
-    shape: tuple[int, ...],
-    parameter: nn.Parameter,
-    places: Sequence[tuple[nn.Module, str]],
-) -> None:
-    if tuple(parameter.shape) != tuple(shape):
-        raise ValueError(
-            f"selection[{name!r}] is for shape {tuple(shape)}, the model has {tuple(parameter.shape)}"
-        )
-    if parameter.is_meta:
-        raise ValueError(
-            f"selection[{name!r}] is on the meta device, which holds no values; load the model first"
-        )
-    if whole:
-        return
-    if not parameter.is_contiguous():
-        raise ValueError(
-            f"selection[{name!r}] is not contiguous in memory; set it to .contiguous() first"
-        )
-    for module, attribute in places:
-        if "forward" in vars(module):
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, MaskedTraining] = weakref.WeakKeyDictionary()
+
+
+def training_of(model: nn.Module) -> MaskedTraining | None:
+    """The masked training that a model is in, None if it is in none."""
+    return _OPEN.get(unwrap(model))
+
+
+def unmask(model: nn.Module) -> None:
+    """Write all compact values into the weights and restore every layer's class.
+
+    For copies of a model that were made inside masked training; `MaskedTraining.close` calls it.
+    """
+    for module in unwrap(model).modules():
+        detach_entries(module)
+
+
+def check_selection(
+    model: nn.Module,
+    selection: Selection,
+    dense: str | Sequence[str] = (),
+    head: Sequence[str] | None = None,
+    *,
+    shrinks: bool = False,
+) -> tuple[list[str], list[str]]:
+    """Raise as `MaskedTraining` would; else give the names of the head and of the dense tensors."""
+    if in_masked_training(model):
+        raise ValueError("model is already in masked training; leave that first")
+    named, places = named_parameters(model), owners(model)
+    check_names(selection.indices, named, "selection")
+    prefixes = check_prefixes(dense, named, "dense")
+    also = [name for name in named if is_under(name, prefixes)]
+    heads = [name for name in head_weights(model, head) if name not in also]
+    if head is None:  # found, not asked for: a selection may take a part of it
+        heads = [name for name in heads if name not in selection.indices]
+    for argument, names in (("dense", also), ("head", heads)):
+        if both := [name for name in names if name in selection.indices]:
+            raise ValueError(f"{argument} and selection both name {both[0]!r}; train it one way")
+    refused = dict[str, str]()
+    for name, index in selection.indices.items():
+        p, shape = named[name], tuple(selection.shapes[name])
+        if tuple(p.shape) != shape:
             raise ValueError(
-                f"selection[{name!r}]: its module's forward was replaced (a hook?); remove that first"
+                f"selection[{name!r}] is for shape {shape}, the model has {tuple(p.shape)}"
             )
-        reason = why_not_partly(module, attribute)
-        if reason is not None:
-            raise ValueError(f"selection[{name!r}] {reason}")
+        partly = shrinks or len(index) < p.numel() or p.element_size() < 4
+        if partly and (reason := _why_refused(places[name])):
+            refused[name] = reason
+    if refused:
+        _refuse("selection", refused)
+    for name in (*selection.indices, *also, *heads):
+        if named[name].is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device, which holds no values (offloaded?); load the "
+                "whole model first"
+            )
+        if not named[name].is_floating_point():
+            raise ValueError(f"{name!r} is {named[name].dtype}; only floating-point tensors train")
+    return heads, also
 
 
-def why_not_partly(module: nn.Module, attribute: str) -> str | None:
-    """Why a part of this module's tensor cannot be selected, in words that follow its name; None where it can."""
-    tensor = module._parameters[attribute]
-    if (
-        tensor is not None
-        and tensor.dim() > 1
-        and not (attribute == "weight" and _product(type(module)) is not None)
-    ):
-        return (
-            f"is part of a {type(module).__name__}, which has no sampled gradient; select it whole, or only weights of "
-            "nn.Linear, nn.Embedding and Conv1D"
-        )
-    refused = [
-        option
-        for option in ("max_norm", "sparse", "scale_grad_by_freq")
-        if getattr(module, option, None)
-    ]
-    return f"is an embedding with {refused[0]}; unset it" if refused else None
+def check_candidates(
+    model: nn.Module, head: Sequence[str] | None = None, exclude: str | Sequence[str] = ()
+) -> None:
+    """Raise a `ValueError` that names every candidate that cannot be selected in part.
+
+    Methods call it before they score. Arguments as in `weights` and `scores.exclude`.
+    """
+    places, candidates = owners(model), weights(model, head)
+    prefixes = check_prefixes(exclude, candidates, "exclude")
+    reasons = {n: _why_refused(places[n]) for n in candidates if not is_under(n, prefixes)}
+    if refused := {name: reason for name, reason in reasons.items() if reason}:
+        _refuse("model", refused)
+
+
+def _why_refused(places: Places) -> str | None:
+    return next((reason for place in places if (reason := why_refused(*place))), None)
+
+
+def _refuse(argument: str, refused: Mapping[str, str]) -> None:
+    lines = "; ".join(f"{name!r} {reason}" for name, reason in refused.items())
+    raise ValueError(
+        f"{argument} holds {len(refused)} tensor(s) that cannot be selected in part: {lines}. "
+        f"Exclude them: exclude={tuple(refused)}, or sl.exclude(scores, {tuple(refused)})"
+    )
+
+
+def gathers(places: Places, sampled: bool = True) -> bool:
+    """Whether a tensor's selected gradients come from a dense one, at one of its places."""
+    return not (sampled and all(samples(*place) for place in places))
 
 
 def footprint_of(
-    index: Tensor, parameter: Tensor, places: Sequence[tuple[nn.Module, str]]
+    index: Tensor, parameter: Tensor, places: Places, sampled: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The footprint of a matrix's positions, where one of the modules that it belongs to makes a sampled product."""
-    product = parameter.dim() == 2 and any(
-        not isinstance(module, nn.Embedding) for module, _ in places
+    """Footprint of the positions, or (None, None) unless one of its layers samples a product."""
+    product = any(samples(*at) and not isinstance(at[0], nn.Embedding) for at in places)
+    wanted = sampled and product and parameter.dim() == 2
+    return footprint(index, *parameter.shape) if wanted else (None, None)
+
+
+def _skips(model: nn.Module) -> bool:
+    """Whether a model may leave layers out of a step: LayerDrop, experts that no token chose."""
+    config = getattr(model, "config", None)
+    named = {**vars(config), **getattr(config, "__dict__", {})} if config is not None else {}
+    if any("layerdrop" in key and value for key, value in named.items()):
+        return True
+    experts = (m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts")
+    return any(len(list(m.children())) > 1 for m in experts) or any(
+        getattr(module, "layerdrop", 0) for module in model.modules()
     )
-    return footprint(index, *parameter.shape) if product else (None, None)
 
 
-def write_selected(module: nn.Module, attribute: str) -> None:
-    """Copy the compact vector into its dense tensor. `.data` keeps autograd's version of a weight that was saved."""
-    dense = module._parameters[attribute].data  # type: ignore[union-attr]
-    values = module._parameters[attribute + SUFFIX].data  # type: ignore[union-attr]
-    dense.view(-1).index_copy_(
-        0, getattr(module, attribute + SUFFIX + INDEX[0]), values.to(dense.dtype)
-    )
+def _check_step(training: MaskedTraining | None, optimizer: torch.optim.Optimizer) -> None:
+    """Before every optimizer's step, while a training is open: does it train that selection?"""
+    if training is None or training.closed:
+        return
+    ours = {id(p): name for name, p in training._trained.items()}
+    groups = [g for g in optimizer.param_groups if any(id(p) in ours for p in g["params"])]
+    if optimizer not in training._checked:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        _check_made_inside(training, held)
+        if groups:
+            _check_gradients(training, held)
+            training._checked.add(optimizer)
+    for group in groups:
+        stamp = group.setdefault(STAMP, training.stamp)
+        misfit = (_of_another_size(optimizer.state.get(p, {}), p) for p in group["params"])
+        if stamp != training.stamp or any(misfit):
+            raise ValueError(
+                "optimizer's state was saved in masked training of another selection; resume with "
+                "the selection of the checkpoint (Selection.load, or Delta.selection of its file)"
+            )
 
 
-def _product(cls: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
-    """The forward with a sampled weight gradient for a module class, or None where there is none."""
-    cls = vars(cls).get("masked_base", cls)
-    if cls is nn.Linear:
-        return lambda module, input: linear(
-            input, *_selected(module, "weight", *INDEX), module.bias, False
+def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
+    moments = (state[key] for key in MOMENTS if torch.is_tensor(state.get(key)))
+    return any(moment.shape != p.shape for moment in moments)
+
+
+def _check_made_inside(training: MaskedTraining, held: set[int]) -> None:
+    named = named_parameters(training.model)
+    for name, entries in training._entries.items():
+        if id(named[name]) in held and id(entries.values) not in held:
+            raise ValueError(
+                f"optimizer was made before masked training: it holds {name!r} itself, which is "
+                "frozen now; make the optimizer inside"
+            )
+
+
+def _check_gradients(training: MaskedTraining, held: set[int]) -> None:
+    trained = training._trained
+    without = [
+        n for n in training.selection.indices if id(trained[n]) in held and trained[n].grad is None
+    ]
+    if without and not training.allow_unused:
+        raise ValueError(
+            f"{len(without)} selected tensor(s) got no gradient, {', '.join(map(repr, without))}: "
+            "the loss does not use them. Exclude them (sl.exclude(scores, ...)), or give "
+            "masked(..., allow_unused=True) if a step may leave them out"
         )
-    if cls is nn.Embedding:
-        return lambda module, input: embedding(
-            input, *_selected(module, "weight", INDEX[0]), module.padding_idx
-        )
-    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
-        return lambda module, x: linear(x, *_selected(module, "weight", *INDEX), module.bias, True)
-    return None
 
 
-def _selected(module: nn.Module, attribute: str, *parts: str) -> Iterator[Any]:
-    """The dense tensor, once it has taken the vector's values, the vector, and these parts of its index."""
-    write_selected(module, attribute)
-    own = (module._parameters[attribute], module._parameters[attribute + SUFFIX])
-    return chain(own, (module._buffers[attribute + SUFFIX + part] for part in parts))
-
-
-@cache
-def _masked_class(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
-    """A subclass of `cls` whose `attribute` is partly selected. A class, unlike a hook, survives `deepcopy`."""
-    save, load = _state(cls, attribute)
-    members = {"masked_base": cls, "__module__": cls.__module__}
-    members |= {"_save_to_state_dict": save, "_load_from_state_dict": load}
-    product = _product(cls)
-    if attribute == "weight" and product is not None:
-        members["forward"] = product
-    else:
-        members[attribute] = property(
-            lambda module: scatter(*_selected(module, attribute, INDEX[0]))
-        )
-    return type("Masked" + cls.__name__.removeprefix("Masked"), (cls,), members)
-
-
-def _state(cls: type[nn.Module], attribute: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """How a state is saved and loaded inside: as the ordinary model's, so that either takes the other's."""
-
-    def save(module: Any, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        write_selected(module, attribute)
-        cls._save_to_state_dict(module, state, prefix, keep_vars)
-        if module._parameters[attribute].dtype == module._parameters[attribute + SUFFIX].dtype:
-            del state[
-                prefix + attribute + SUFFIX
-            ]  # a vector of more precision than its weight stays
-
-    def load(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        values, dense = module._parameters[attribute + SUFFIX], state.get(prefix + attribute)
-        if dense is not None and dense.shape == module._parameters[attribute].shape:
-            index = getattr(module, attribute + SUFFIX + INDEX[0])
-            values = dense.reshape(-1)[index.to(dense.device)].to(values.dtype)
-        state.setdefault(prefix + attribute + SUFFIX, values)
-        cls._load_from_state_dict(module, state, prefix, *rest)
-
-    return save, load
-
-
-def compact_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The compact vectors of a model in masked training, ``(name, vector)``, each once."""
-    return ((name, p) for name, p in model.named_parameters() if name.endswith(SUFFIX))
+masked = MaskedTraining

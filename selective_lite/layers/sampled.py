@@ -20,17 +20,30 @@ GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster t
 
 
 class _Scatter(torch.autograd.Function):
-    """A small dense tensor whose gradient goes to its selected entries."""
+    """A dense tensor whose gradient goes to its selected entries."""
 
     @staticmethod
     def forward(ctx: Any, dense: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        # Saving `values` lets autograd see an optimizer step between forward and backward.
         ctx.save_for_backward(values, index)
-        return dense.detach().clone()
+        own = dense.detach()
+        # A matrix is not copied; a vector is, for a layer that is called again writes into it.
+        return own if own.dim() > 1 else own.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, index = ctx.saved_tensors
+        grad = grad.to_dense() if grad.is_sparse else grad
         return None, grad.reshape(-1)[index].to(values.dtype), None
+
+
+def _refuse_second_derivatives() -> None:
+    # In a backward, gradients are recorded only if second derivatives were asked for.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "sampled gradients have no second derivatives (create_graph=True); train with "
+            "masked(..., sampled=False), which gathers entries of dense gradients"
+        )
 
 
 class _Linear(torch.autograd.Function):
@@ -38,33 +51,27 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None, columns: Tensor | None,
-        bias: Tensor | None, transposed: bool,
+        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None,
+        columns: Tensor | None, bias: Tensor | None, transposed: bool,
     ) -> Tensor:  # fmt: skip
         y = functional.linear(x, weight.t() if transposed else weight, bias)
         ctx.transposed, ctx.has_bias, ctx.x_dtype = transposed, bias is not None, x.dtype
-        # Of the input only what the gradient will read; under autocast in the compute dtype, as the
-        # dense product would keep it. Saving `values` lets autograd see an optimizer step between
+        # Keep only what the gradient will read of the input; under autocast in the compute dtype,
+        # as the dense product would. Saving `values` lets autograd see an optimizer step between
         # forward and backward.
-        kept = columns_as_rows(x.reshape(-1, x.shape[-1]), rows if transposed else columns)
-        ctx.save_for_backward(
-            kept if kept.dtype == y.dtype else kept.to(y.dtype),
-            weight,
-            values,
-            index,
-            rows,
-            columns,
-        )
+        kept = columns_as_rows(x, rows if transposed else columns)
+        kept = kept if kept.dtype == y.dtype else kept.to(y.dtype)
+        ctx.save_for_backward(kept, weight, values, index, rows, columns)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second_derivatives()
         kept, weight, values, index, rows, columns = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             dense = weight.to(grad.dtype)
             grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
-        grad = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[2]:
             outer = columns_as_rows(grad, columns if ctx.transposed else rows)
             left, right = (kept, outer) if ctx.transposed else (outer, kept)
@@ -94,6 +101,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second_derivatives()
         ids, values, index = ctx.saved_tensors
         rows = rows_operation if torch.compiler.is_compiling() else sampled_rows
         return (
@@ -106,7 +114,22 @@ class _Embedding(torch.autograd.Function):
 
 
 scatter = _Scatter.apply  # (dense, values, index)
-linear = _Linear.apply  # (x, weight, values, index, rows, columns, bias, transposed)
+
+
+def linear(
+    x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None,
+    columns: Tensor | None, bias: Tensor | None, transposed: bool = False,
+) -> Tensor:  # fmt: skip
+    """A linear layer whose weight gradient is sampled.
+
+    The function sees (T, D): what it gives back is no view, so that an operation behind the layer
+    may work in place, as it may behind `nn.Linear`.
+    """
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = _Linear.apply(flat, weight, values, index, rows, columns, bias, transposed)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
 embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..params import check_names, owners, weights
-from .masked import SUFFIX
+from .attach import Attached, attach, detach
+from .entries import Selected, is_conv1d
 
 Kind = Literal["lora", "adapter"]
 KINDS = ("lora", "adapter")
@@ -113,7 +114,7 @@ def linear_sizes(module: Any) -> tuple[int, int] | None:
     cls = type(module)
     if cls is nn.Linear:
         return module.in_features, module.out_features
-    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
+    if is_conv1d(cls):
         return module.weight.shape[0], module.weight.shape[1]
     return None
 
@@ -181,11 +182,11 @@ def find_layers(
     for name, rank in ranks.items():
         layers: list[Any] = [layer for layer, _ in places[name]]
         for layer in layers:
-            if hasattr(type(layer), "adapter_base"):
+            if isinstance(layer, Adapted):
                 raise ValueError(
                     f"the layer of {name!r} has a small module already; merge or remove that first"
                 )
-            if any(parameter.endswith(SUFFIX) for parameter in layer._parameters):
+            if isinstance(layer, Selected):
                 raise ValueError(
                     f"the layer of {name!r} is in masked training; add small modules before it"
                 )
@@ -247,36 +248,44 @@ def add_adapters(
     generator = torch.Generator().manual_seed(seed)
     make = LoRA if kind == "lora" else Adapter
     return {
-        name: attach(layers, make(d_in, d_out, rank, generator=generator, like=layers[0].weight))
+        name: attach_module(
+            layers, make(d_in, d_out, rank, generator=generator, like=layers[0].weight)
+        )
         for name, (layers, d_in, d_out) in places.items()
     }
 
 
-def attach(layers: Sequence[Any], module: Any) -> Any:
-    """Put one small module, ``module(x, y) -> y'``, behind the forward of layers that `check_places` found; give it."""
+def attach_module(layers: Sequence[Any], module: Any) -> Any:
+    """Put one small module, ``module(x, y) -> y'``, behind layers that `find_layers` found."""
     for layer in layers:
         layer.adapter = module.train(layer.training)
-        layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]
+        attach(layer, adapted_class)
     return module
 
 
+class Adapted(Attached):
+    """Mixin of the classes of layers that have a small module."""
+
+
 @cache
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `cls` with a small module behind its forward. A class, unlike a hook, survives `deepcopy`."""
-    members = {
-        "adapter_base": cls,
-        "__module__": cls.__module__,
-        "forward": lambda layer, x: layer.adapter(x, cls.forward(layer, x)),
-    }
-    return type("Adapted" + cls.__name__, (cls,), members)
+def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` with a small module behind its forward."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        # Whatever comes next: masked training puts a forward of its own between the two.
+        return layer.adapter(x, super(adapted, layer).forward(x))
+
+    members = {"base": cls, "made_by": (adapted_class, ()), "forward": forward}
+    members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    adapted = type(cls.__name__, (Adapted, cls), members)
+    return adapted
 
 
 def _layers(model: nn.Module) -> dict[str, list[Any]]:
     """The layers that have a small module, by the name of their weight."""
     places = owners(model).items()
     found = {
-        n: [m for m, part in at if part == "weight" and hasattr(type(m), "adapter_base")]
-        for n, at in places
+        n: [m for m, part in at if part == "weight" and isinstance(m, Adapted)] for n, at in places
     }
     return {name: layers for name, layers in found.items() if layers}
 
@@ -309,7 +318,7 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, list[Any
             raise ValueError(
                 f"names holds {name!r}, which has no small module; print(list(adapters(model)))"
             )
-        if not all("adapter_base" in vars(type(layer)) for layer in found[name]):
+        if any(isinstance(layer, Selected) for layer in found[name]):
             raise ValueError(f"the layer of {name!r} is in masked training; leave that first")
     return {name: found[name] for name in names}
 
@@ -325,7 +334,7 @@ def remove_adapters(model: nn.Module, names: Sequence[str] | None = None) -> Non
     for layers in _chosen(model, names).values():
         for layer in layers:
             del layer.adapter
-            layer.__class__ = type(layer).adapter_base
+            detach(layer)
 
 
 @torch.no_grad()

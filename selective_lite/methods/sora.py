@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..layers.masked import compact_parameters
-from ..layers.small import attach, find_layers, linear_weights, merge_adapters
-from ..params import head_weights
+from ..layers.small import attach_module, find_layers, linear_weights, merge_adapters
+from ..params import head_weights, in_masked_training
 from ..training import Phase, Schedule, constant, head_group
 
 
@@ -107,7 +106,7 @@ class SoRA:
         head: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if any(compact_parameters(model)) or any(
+        if in_masked_training(model) or any(
             isinstance(module, GatedLowRank) for module in model.modules()
         ):
             raise ValueError("model is already in masked or SoRA training; leave that first")
@@ -129,7 +128,7 @@ class SoRA:
             weight = layers[0].weight
             update = GatedLowRank(d_in, d_out, rank, alpha / rank, generator)
             update.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            self.updates[name] = attach(layers, update)
+            self.updates[name] = attach_module(layers, update)
 
     def gates(self) -> list[nn.Parameter]:
         """The gates, one vector an update."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
-from selective_lite.layers.masked import why_not_partly
+from selective_lite.layers.entries import why_refused
 from selective_lite.layers.sampled import by_feature, columns_as_rows, footprint, sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
@@ -553,25 +554,6 @@ def selection_of(model, **indices):
     return sl.Selection({names[n]: torch.tensor(i) for n, i in indices.items()}, shapes)
 
 
-def _attention():
-    model = nn.MultiheadAttention(4, 2)
-    return model, selection_of(model, in_proj_weight=[0, 5])
-
-
-def _convolution():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(2, 3, 3))
-    return model, selection_of(model, **{"0_weight": [1], "1_weight": [0, 5]})
-
-
-def _subclass():
-    class Scaled(nn.Linear):
-        def forward(self, input):
-            return 2 * super().forward(input)
-
-    model = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3))
-    return model, selection_of(model, **{"0_weight": [1], "1_weight": [2]})
-
-
 def _unknown():
     model = nn.Linear(3, 3)
     return model, sl.Selection({"wieght": torch.tensor([0])}, {"wieght": (3, 3)})
@@ -595,16 +577,15 @@ def _embedding(**options):
     return make
 
 
-def _layout():
-    model = nn.Linear(3, 4)
-    model.weight = nn.Parameter(torch.randn(3, 4).t())
-    return model, selection_of(model, weight=[0, 4])
+class Stack(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3))
+        self.extra = nn.Parameter(torch.ones(2))
 
 
-def _replaced_forward():
-    model = nn.Linear(3, 4)
-    model.forward = model.forward
-    return model, selection_of(model, weight=[0, 4])
+def _two_containers():
+    model = nn.Sequential(Stack(), Stack())
+    return model, selection_of(model, **{"0_extra": [1], "1_extra": [0]})
 
 
 def _without_values():
@@ -615,20 +596,11 @@ def _without_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            _attention,
-            "'in_proj_weight'.* is part of a MultiheadAttention, which has no sampled gradient",
-        ),
-        (_convolution, "'1.weight'.* is part of a Conv2d"),
-        (_subclass, "'1.weight'.* is part of a Scaled"),
-        (_unknown, "selection holds 'wieght', which is no parameter"),
-        (_second_name, "selection holds 'b.weight', which is no parameter"),
+        (_unknown, "selection holds 'wieght', which is not a parameter"),
+        (_second_name, "selection holds 'b.weight', which is not a parameter"),
         (_shape, r"'weight'.* is for shape \(9,\), the model has \(3, 3\)"),
         (_embedding(max_norm=1.0), "max_norm"),
-        (_embedding(sparse=True), "sparse"),
-        (_embedding(scale_grad_by_freq=True), "scale_grad_by_freq"),
-        (_layout, "not contiguous"),
-        (_replaced_forward, "forward was replaced"),
+        (_two_containers, "2 tensor.*'0.extra' belongs to a Stack.*'1.extra'.*exclude="),
         (_without_values, "'weight'.* is on the meta device, which holds no values"),
     ],
 )
@@ -705,37 +677,179 @@ def test_masked_training_makes_its_tensors_beside_the_weights():
         assert math.isfinite(sum(float(p.grad.sum()) for p in training.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("module", "attribute", "reason"),
-    [
-        (nn.Linear(3, 4), "weight", None),
-        (nn.Linear(3, 4), "bias", None),
-        (nn.Embedding(3, 4), "weight", None),
-        (nn.LayerNorm(4), "weight", None),
-        (nn.LayerNorm((2, 4)), "weight", "is part of a LayerNorm, which has no sampled gradient"),
-        (nn.Conv2d(1, 2, 3), "weight", "is part of a Conv2d"),
-        (nn.Conv2d(1, 2, 3), "bias", None),
-        (nn.MultiheadAttention(4, 2), "in_proj_weight", "is part of a MultiheadAttention"),
-        (nn.Embedding(3, 4, max_norm=1.0), "weight", "is an embedding with max_norm; unset it"),
-        (nn.Embedding(3, 4, sparse=True), "weight", "is an embedding with sparse; unset it"),
-        (
-            nn.Embedding(3, 4, scale_grad_by_freq=True),
-            "weight",
-            "is an embedding with scale_grad_by_freq",
-        ),
-    ],
-)
-def test_what_cannot_be_selected_in_part_says_why(module, attribute, reason):
-    found = why_not_partly(module, attribute)
-    assert (found is None) if reason is None else found.startswith(reason)
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Own(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T.tanh() + self.bias
+
+
+class Reader(nn.Module):
+    """A weight that another module reads: its own forward is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, ids):
+        return nn.functional.linear(self.table(ids).tanh(), self.out.weight, self.out.bias)
+
+
+class Tied(Reader):
+    """One weight, used by its layer and by a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.out.weight = self.table.weight
+
+
+def _transposed():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.randn(4, 4).t())
+    return layer
+
+
+def _replaced_forward():
+    layer = nn.Linear(4, 4)
+    layer.forward = layer.forward
+    return layer
+
+
+TOKENS, IMAGE, IDS = torch.randn(2, 5, 4), torch.randn(2, 3, 6, 6), torch.tensor([[0, 3], [3, 1]])
+ANY = {
+    "linear": (lambda: nn.Linear(4, 4), TOKENS),
+    "linear that calls its base": (lambda: Scaled(4, 4), TOKENS),
+    "linear with a forward of its own": (lambda: Own(4, 4), TOKENS),
+    "not contiguous": (_transposed, TOKENS),
+    "replaced forward": (_replaced_forward, TOKENS),
+    "in place behind a layer": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)),
+        TOKENS,
+    ),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), IMAGE),
+    "channels last": (
+        lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+        IMAGE,
+    ),
+    "norm of two dimensions": (lambda: nn.LayerNorm((5, 4)), TOKENS),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), TOKENS),
+    "lstm": (lambda: Output(nn.LSTM(4, 3, 2, bidirectional=True)), TOKENS),
+    "gru": (lambda: Output(nn.GRU(4, 3, batch_first=True)), TOKENS),
+    "bilinear": (lambda: Twice(nn.Bilinear(4, 4, 3)), TOKENS),
+    "embedding": (lambda: nn.Embedding(7, 4, padding_idx=3), IDS),
+    "sparse embedding": (lambda: nn.Embedding(7, 4, sparse=True), IDS),
+    "embedding that counts": (lambda: nn.Embedding(7, 4, scale_grad_by_freq=True), IDS),
+    "embedding bag": (lambda: nn.EmbeddingBag(7, 4), IDS),
+    "read by its parent": (Reader, IDS),
+    "tied, and read by its parent": (Tied, IDS),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        TOKENS,
+    ),
+    "parameters in a list": (lambda: Lists(), TOKENS),
+}
+
+
+class Output(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+class Twice(Output):
+    def forward(self, x):
+        return self.inner(x, x)
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.list = nn.ParameterList([torch.randn(4, 4), torch.randn(4)])
+        self.dict = nn.ParameterDict({"a": torch.randn(4, 4)})
+
+    def forward(self, x):
+        return x @ self.list[0] * self.list[1] @ self.dict["a"]
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("kind", ANY)
+def test_any_floating_tensor_is_selected_in_part(kind, sampled):
+    make, x = ANY[kind]
+    torch.manual_seed(0)
+    model, x = make().double(), x.double() if x.is_floating_point() else x
+    reference = copy.deepcopy(model)
+    named = dict(reference.named_parameters())
+    reference(x).square().sum().backward()
     selection = sl.Selection(
-        {attribute: torch.tensor([1])}, {attribute: tuple(getattr(module, attribute).shape)}
+        {n: torch.arange(p.numel())[::3] for n, p in named.items() if p.numel() > 1},
+        {n: tuple(p.shape) for n, p in named.items()},
     )
-    if reason is None:
-        sl.masked(module, selection).close()
-    else:
-        with pytest.raises(ValueError, match=f"'{attribute}'.* {reason}"):
-            sl.masked(module, selection)
+    keys = list(model.state_dict())
+    with sl.masked(model, selection, head=(), sampled=sampled) as training:
+        optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
+        model(x).square().sum().backward()
+        for (name, index), vector in zip(
+            selection.indices.items(), training.parameters(), strict=True
+        ):
+            dense = named[name].grad
+            dense = dense.to_dense() if dense.is_sparse else dense
+            torch.testing.assert_close(vector.grad, dense.reshape(-1)[index], msg=name)
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            inside, copied = model(x), copy.deepcopy(model)(x)
+        assert list(model.state_dict()) == keys
+        pickled = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        torch.testing.assert_close(inside, model(x))
+        torch.testing.assert_close(copied, inside)
+        torch.testing.assert_close(pickled(x), inside)
+    masks = selection.masks()
+    for name, p in model.named_parameters():
+        changed = p.detach() != named[name]
+        assert not changed[~masks[name]].any()
+        assert changed.any() or not named[name].grad.any()
+
+
+def test_what_cannot_be_selected_in_part_says_why():
+    assert why_refused(nn.Linear(3, 4), "weight") is None
+    assert why_refused(Stack(), "extra").startswith("belongs to a Stack itself")
+    assert "max_norm" in why_refused(nn.Embedding(3, 4, max_norm=1.0), "weight")
+    taken = nn.Linear(3, 4)
+    taken.weight_entries = nn.Identity()
+    assert "'weight_entries' of its own" in why_refused(taken, "weight")
+
+
+def test_second_derivatives_are_refused_or_right():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    reference, x = copy.deepcopy(model), torch.randn(8, 4).double()
+
+    def penalty(m):
+        z = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(m(z).sum(), z, create_graph=True)
+        return (g.norm(dim=1) - 1).square().mean()
+
+    penalty(reference).backward()
+    selection = selection_of(model, **{"0_weight": [0, 5, 9], "2_weight": [1, 4]})
+    with (
+        sl.masked(model, selection, head=()),
+        pytest.raises(RuntimeError, match="second derivatives.*sampled=False"),
+    ):
+        penalty(model)
+    with sl.masked(model, selection, head=(), sampled=False) as training:
+        penalty(model).backward()
+        for (name, index), vector in zip(
+            selection.indices.items(), training.parameters(), strict=True
+        ):
+            dense = reference.get_parameter(name).grad.reshape(-1)
+            torch.testing.assert_close(vector.grad, dense[index])
 
 
 def half(count):

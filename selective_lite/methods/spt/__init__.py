@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...layers.masked import masked, why_not_partly
+from ...layers.masked import masked
 from ...layers.small import (
     Kind,
     adapter_parameters,
@@ -213,9 +213,7 @@ def _used(
             raise ValueError(
                 f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model"
             )
-    places = owners(model)
-    partly = (n for n in scores if all(why_not_partly(*place) is None for place in places[n]))
-    used = {name: scores[name] for name in partly if not is_under(name, exclude)}
+    used = {name: score for name, score in scores.items() if not is_under(name, exclude)}
     if not used:
         raise ValueError("scores and exclude leave no tensor that can be trained in part")
     check_scores(used)

@@ -1,0 +1,304 @@
+"""Entries: the selected entries of one tensor, a child module of every layer that the tensor is in.
+
+The dense tensor stays where it is, frozen. The entries' values are a compact parameter, a leaf that
+optimizers train. Whoever reads the tensor, be it the layer itself, its parent or an evaluation's
+fast path, gets the dense tensor with the values written into it, and the gradient goes back to
+them: sampled where the layer's own forward asks for it, else gathered from the dense gradient.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .attach import Attached, attach, detach
+from .sampled import embedding, linear, scatter
+
+CHILD = "{}_entries"  # the child's name beside the tensor's own one
+
+
+class Entries(nn.Module):
+    """The selected entries of a tensor: values to train, their positions, and their footprint.
+
+    Parameters
+    ----------
+    dense
+        The tensor, any shape, floating point.
+    index
+        Flat row-major positions (k,), int64, on the tensor's device. ``None`` takes all of the
+        tensor: then the values are a copy in more precision (a master of a half-precision tensor).
+    rows, columns
+        The `sampled.footprint` of the positions, or None.
+
+    Attributes
+    ----------
+    values
+        (k,), or the tensor's shape if `index` is None; float32, or float64 for a float64 tensor.
+    """
+
+    index: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        dense: Tensor,
+        index: Tensor | None,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        own = dense.detach()
+        chosen = own.clone() if index is None else own.reshape(-1)[index]
+        self.values = nn.Parameter(chosen.to(torch.promote_types(own.dtype, torch.float32)))
+        for name, buffer in (("index", index), ("rows", rows), ("columns", columns)):
+            self.register_buffer(name, buffer, persistent=False)
+        self.__dict__["leaf"] = self.values  # what optimizers train; not registered twice
+
+    def write(self, dense: Tensor) -> None:
+        """Copy the values into the dense tensor.
+
+        Via ``.data``, so that the version counter does not change and tensors that autograd saved
+        for a backward stay valid.
+        """
+        values = self._parameters["values"]
+        if not torch.compiler.is_compiling():
+            self._check(values)
+        target, source = dense.data, values.data.to(dense.dtype)  # type: ignore[union-attr]
+        if self.index is None:
+            target.copy_(source)
+        elif target.is_contiguous():
+            target.view(-1).index_copy_(0, self.index, source)
+        else:
+            target.put_(self.index, source)
+
+    def _check(self, values: Tensor | None) -> None:
+        if values is not self.__dict__["leaf"]:
+            raise RuntimeError(
+                "the compact parameters of masked training were replaced, by nn.DataParallel or "
+                "FSDP, which cannot train a selection; use DistributedDataParallel"
+            )
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError("leave masked training before the model is exported or traced")
+
+    def take(self, dense: Tensor) -> None:
+        """Set the values from the dense tensor, except where they agree with it already.
+
+        A value of more precision than the tensor that rounds to what is there is kept.
+        """
+        values = self.values.data
+        own = dense.data if self.index is None else dense.data.reshape(-1)[self.index]
+        own = own.to(values.device)
+        same = values.to(own.dtype) == own
+        values.copy_(torch.where(same, values, own.to(values.dtype)))
+
+    def read(self, dense: Tensor) -> Tensor:
+        """The tensor as it is trained now; its gradient goes to the values."""
+        if self.index is None:
+            self.write(dense)
+            return self.values.to(dense.dtype)
+        self.write(dense)
+        return scatter(dense, self.values, self.index)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        """Nothing: the layer saves its tensor with the values in it."""
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Nothing: the layer loads its tensor and gives the values what is in it."""
+
+    def extra_repr(self) -> str:
+        """How many entries there are."""
+        return f"{self.values.numel()} entries"
+
+
+class Selected(Attached):
+    """Mixin of the classes of layers with selected entries."""
+
+    attributes: ClassVar[tuple[str, ...]]  # the tensors that have entries
+
+    def _save_to_state_dict(self, *rest: Any) -> None:
+        for attribute in self.attributes:
+            current(self, attribute)
+        super()._save_to_state_dict(*rest)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[misc]
+        for attribute in self.attributes:
+            if prefix + attribute in state:
+                entries_of(self, attribute).take(dense_of(self, attribute))
+
+
+class LinearProduct(nn.Linear):
+    """`nn.Linear` with the gradient of its weight at the selected entries only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of `nn.Linear`."""
+        dense, entries = current(self, "weight")
+        return linear(
+            input, dense, entries.values, entries.index, entries.rows, entries.columns, self.bias
+        )
+
+
+class EmbeddingRows(nn.Embedding):
+    """`nn.Embedding` with the gradient of its table at the selected entries only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of `nn.Embedding`."""
+        dense, entries = current(self, "weight")
+        return embedding(input, dense, entries.values, entries.index, self.padding_idx)
+
+
+class Conv1DProduct(nn.Module):
+    """Hugging Face's ``Conv1D``, a linear layer that holds W^T, with the gradient as above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of ``Conv1D``."""
+        dense, entries = current(self, "weight")
+        return linear(
+            x, dense, entries.values, entries.index, entries.rows, entries.columns, self.bias, True
+        )
+
+
+def is_conv1d(cls: type) -> bool:
+    """Whether a class is Hugging Face's ``Conv1D``, told without importing `transformers`."""
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers")
+
+
+def product_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class whose forward samples the gradient of a layer's ``weight``, None if there is none."""
+    cls = next(c for c in cls.__mro__ if Attached not in c.__mro__)
+    if issubclass(cls, nn.Linear):
+        return LinearProduct
+    if issubclass(cls, nn.Embedding):
+        return EmbeddingRows
+    return Conv1DProduct if is_conv1d(cls) else None
+
+
+def samples(module: nn.Module, attribute: str) -> bool:
+    """Whether a tensor's gradient is sampled, and never formed as a whole.
+
+    True for the weight of `nn.Linear`, `nn.Embedding`, ``Conv1D``, and of subclasses whose forward
+    is theirs, or calls it.
+    """
+    product = product_of(type(module)) if attribute == "weight" else None
+    if product is None or getattr(module, "sparse", False) or scales(module):
+        return False
+    plain = (nn.Linear.forward, nn.Embedding.forward, LinearProduct.forward, EmbeddingRows.forward)
+    classes = [
+        c for c in type(module).__mro__ if "forward" in vars(c) and Attached not in c.__mro__
+    ]
+    own = vars(classes[0])["forward"]
+    calls = getattr(getattr(own, "__code__", None), "co_names", ())
+    return "forward" not in vars(module) and (
+        own in plain or is_conv1d(classes[0]) or "super" in calls
+    )
+
+
+def scales(module: nn.Module) -> bool:
+    """Whether an embedding divides its gradient by how often a row is looked up."""
+    return bool(getattr(module, "scale_grad_by_freq", False))
+
+
+def dense_of(module: Any, attribute: str) -> Tensor:
+    """The dense tensor itself, as registered."""
+    return module._parameters[attribute]
+
+
+def entries_of(module: Any, attribute: str) -> Entries:
+    """The entries of a layer's tensor."""
+    return module._modules[CHILD.format(attribute)]
+
+
+def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
+    """The dense tensor with the values of now in it, and its entries."""
+    dense, entries = dense_of(module, attribute), entries_of(module, attribute)
+    entries.write(dense)
+    return dense, entries
+
+
+def _reading(attribute: str) -> property:
+    def read(module: Any) -> Tensor:
+        return entries_of(module, attribute).read(dense_of(module, attribute))
+
+    return property(read)
+
+
+def _flat_weights(module: Any) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+@cache
+def selected_class(
+    cls: type[nn.Module], attributes: tuple[str, ...], sampled: bool
+) -> type[nn.Module]:
+    """A subclass of `cls` that reads these tensors through their entries.
+
+    Parameters
+    ----------
+    cls
+        The layer's class.
+    attributes
+        Names of the tensors that have entries.
+    sampled
+        Whether the forward samples the gradient of ``weight``. The class that does so stands
+        between `cls` and `nn.Linear` or `nn.Embedding`: a subclass's forward that calls theirs,
+        as Gemma's and BART's embeddings do, finds it there.
+    """
+    product = product_of(cls) if sampled else None
+    bases: tuple[type, ...] = (Selected, cls)
+    members: dict[str, Any] = {name: _reading(name) for name in attributes}
+    if product is Conv1DProduct:
+        members["forward"] = Conv1DProduct.forward
+    elif product is not None:
+        bases = (Selected, product) if cls in product.__bases__ else (Selected, cls, product)
+    if issubclass(cls, nn.RNNBase):  # its forward reads a list of its weights
+        members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
+    members |= {
+        "base": cls,
+        "made_by": (selected_class, (attributes, sampled)),
+        "attributes": attributes,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    # The name stays: save_pretrained and others look at it.
+    return type(cls.__name__, bases, members)
+
+
+def attach_entries(module: nn.Module, attribute: str, entries: Entries, sampled: bool) -> None:
+    """Make a layer read one of its tensors through entries; `detach_entries` undoes it."""
+    attributes: tuple[str, ...] = ()
+    if isinstance(module, Selected):
+        attributes, sampled_before = type(module).made_by[1]
+        sampled = sampled or sampled_before
+        detach(module)
+    module.add_module(CHILD.format(attribute), entries)
+    attach(module, selected_class, tuple(sorted((*attributes, attribute))), sampled)
+
+
+def detach_entries(module: nn.Module) -> None:
+    """Write every value of a layer's entries into its tensors, and give the layer back its class."""
+    if isinstance(module, Selected):
+        for attribute in type(module).attributes:
+            current(module, attribute)
+            del module._modules[CHILD.format(attribute)]
+        detach(module)
+
+
+def why_refused(module: nn.Module, attribute: str) -> str | None:
+    """Why a layer's tensor cannot be selected in part, in words after its name; None if it can."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and not isinstance(
+        module, ParametrizationList
+    ):
+        return f"belongs to a {type(module).__name__} itself, whose children are what it runs"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "belongs to a scripted module, whose code is fixed"
+    if getattr(module, "max_norm", None):
+        return "is an embedding with max_norm, which changes weights in its forward"
+    if hasattr(module, CHILD.format(attribute)):
+        return f"belongs to a layer that has a {CHILD.format(attribute)!r} of its own"
+    return None

@@ -1,0 +1,44 @@
+"""Names: the layer, the block and the kind of a weight, read out of its dotted name."""
+
+from __future__ import annotations
+
+import re
+
+NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.")
+
+# What a parameter does, by the names that `transformers`, timm and torchvision give; first match.
+KINDS = (
+    ("norm, bias", r"norm|\bln_|\.bias$|^bias$|_bias$"),
+    ("embed", r"embed|\bwte\b|\bwpe\b|cls_token|position"),
+    ("query", r"query|\bq_(proj|lin)"),
+    ("key", r"\bkey\b|\bk_(proj|lin)"),
+    ("value", r"value|\bv_(proj|lin)"),
+    ("q, k, v", r"c_attn|in_proj|qkv"),
+    ("attn out", r"attention\.output|attn\.c_proj|\bo_proj|out_lin|(attn|attention)\.out_proj"),
+    ("ffn in", r"intermediate|gate_proj|up_proj|c_fc|lin1|linear1|fc1"),
+    ("ffn out", r"output\.dense|down_proj|mlp\.c_proj|lin2|linear2|fc2"),
+)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a weight is in: the first number in its name, else None.
+
+    Examples
+    --------
+    >>> layer_of("bert.encoder.layer.3.output.dense.weight")
+    3
+    """
+    found = NUMBER.search(name)
+    return int(found[1]) if found else None
+
+
+def block_of(name: str) -> str | None:
+    """The numbered block that a weight is in, such as ``"encoder.layer.3"``, else None."""
+    found = BLOCK.match(name)
+    return found[1] if found else None
+
+
+def kind_of(name: str) -> str:
+    """What a parameter does, judged by its name: one of the labels in `KINDS`, or ``"other"``."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "other")
