@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import selective_lite as sl
-
 from tests.cases.helpers import bert, some_of_each, tokens, train
 
 SMALL_STEPS = {"lr": 1e-4, "epochs": 100}

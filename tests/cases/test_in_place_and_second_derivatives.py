@@ -10,7 +10,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import selective_lite as sl
-
 from tests.cases.helpers import (
     ENCODER,
     assert_gradients_agree,
@@ -175,9 +174,7 @@ def test_scores_of_a_loss_that_itself_takes_gradients():
     """#7714 once more: the score of a loss with a gradient penalty is that loss's own gradient squared."""
     torch.manual_seed(0)
     model, x = smooth(), torch.randn(8, 4).double()
-    scores = sl.squared_gradient(
-        model, [x], loss=penalty_and_loss, reduction="batch", head=()
-    )
+    scores = sl.squared_gradient(model, [x], loss=penalty_and_loss, reduction="batch", head=())
     penalty_and_loss(model, x).backward()
     for name, p in model.named_parameters():
         true = torch.zeros_like(p) if p.grad is None else p.grad

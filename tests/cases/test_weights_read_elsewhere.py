@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import selective_lite as sl
-
 from tests.cases.helpers import (
     DECODER,
     ENCODER,
@@ -84,9 +83,7 @@ def ids():
 def test_a_function_that_reads_a_weight_passes_the_whole_gradient_on(cls, backwards):
     """huggingface/peft#2274, #2556: `F.linear(h, self.emb.weight)`; also with gradients accumulated."""
     model, batch = cls().double(), ids()
-    selection = sl.select(
-        sl.squared_gradient(model, [batch], loss=next_token, head=()), 0.2
-    )
+    selection = sl.select(sl.squared_gradient(model, [batch], loss=next_token, head=()), 0.2)
     assert_gradients_agree(model, selection, batch, next_token, backwards=backwards)
 
 
