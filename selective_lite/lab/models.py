@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .assets import ASSETS, asset
+from .data.assets import ASSETS, asset
 from .device import device
 
 

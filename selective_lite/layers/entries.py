@@ -82,7 +82,7 @@ class Entries(nn.Module):
                 "the compact parameters of masked training were replaced, by nn.DataParallel or "
                 "FSDP, which cannot train a selection; use DistributedDataParallel"
             )
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting() or torch._C._is_tracing():
             raise RuntimeError("leave masked training before the model is exported or traced")
 
     def take(self, dense: Tensor) -> None:
@@ -137,10 +137,7 @@ class LinearProduct(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As of `nn.Linear`."""
-        dense, entries = current(self, "weight")
-        return linear(
-            input, dense, entries.values, entries.index, entries.rows, entries.columns, self.bias
-        )
+        return linear(input, *product_operands(self), self.bias)
 
 
 class EmbeddingRows(nn.Embedding):
@@ -155,12 +152,11 @@ class EmbeddingRows(nn.Embedding):
 class Conv1DProduct(nn.Module):
     """Hugging Face's ``Conv1D``, a linear layer that holds W^T, with the gradient as above."""
 
+    bias: Tensor | None
+
     def forward(self, x: Tensor) -> Tensor:
         """As of ``Conv1D``."""
-        dense, entries = current(self, "weight")
-        return linear(
-            x, dense, entries.values, entries.index, entries.rows, entries.columns, self.bias, True
-        )
+        return linear(x, *product_operands(self), self.bias, True)
 
 
 def is_conv1d(cls: type) -> bool:
@@ -218,6 +214,12 @@ def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
     dense, entries = dense_of(module, attribute), entries_of(module, attribute)
     entries.write(dense)
     return dense, entries
+
+
+def product_operands(module: Any) -> tuple[Any, ...]:
+    """What `sampled.linear` takes between the input and the bias."""
+    dense, own = current(module, "weight")
+    return dense, own.values, own.index, own.rows, own.columns
 
 
 def _reading(attribute: str) -> property:

@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from selective_lite.lab import assets
-from selective_lite.lab.assets import ASSETS, Asset, asset, bundle, cache_folder
+from selective_lite.lab.data import assets
+from selective_lite.lab.data.assets import ASSETS, Asset, asset, bundle, cache_folder
 
 
 def zipped(**members):

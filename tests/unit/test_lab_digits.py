@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selective_lite.lab import evaluate
-from selective_lite.lab.digits import (
+from selective_lite.lab.data.digits import (
     Images,
     digit_classifier,
     inverted,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from selective_lite.lab import load_task
-from selective_lite.lab.language import IGNORED, Sequences, bits, load_texts, saved
+from selective_lite.lab.data.tweets import IGNORED, Sequences, bits, load_texts, saved
 
 
 class Words:

@@ -6,23 +6,24 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.lab import language_plan, results
-from selective_lite.lab.language import Sequences, Texts
+from selective_lite.lab import results
+from selective_lite.lab.data.tweets import Sequences, Texts
+from selective_lite.lab.experiments import tweets as plan
 
-ROWS = results.read(language_plan.NAME)
-RATES = results.read(language_plan.NAME + "_rates")
+ROWS = results.read(plan.NAME)
+RATES = results.read(plan.NAME + "_rates")
 
 
 def test_every_config_has_its_row():
-    for rows, configs in ((RATES, language_plan.rate_configs()), (ROWS, language_plan.configs())):
+    for rows, configs in ((RATES, plan.rate_configs()), (ROWS, plan.configs())):
         assert [row["config"] for row in rows] == json.loads(json.dumps(list(configs)))
-        assert all(row["roots"] == language_plan.roots(row["config"]) for row in rows)
+        assert all(row["roots"] == plan.roots(row["config"]) for row in rows)
 
 
 def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
     for row in RATES:
         tried = row["config"]["grid"][: len(row["validation"])]
-        assert language_plan.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
+        assert plan.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
 
 
 def test_masks_have_exactly_k_weights():
@@ -41,9 +42,9 @@ def test_rows_say_of_every_text_what_it_costs():
 
 
 def test_the_shipped_delta_is_its_row_s():
-    (row,) = [row for row in ROWS if language_plan.shipped(row["config"])]
+    (row,) = [row for row in ROWS if plan.shipped(row["config"])]
     file = results.find("language.safetensors")
-    assert (language_plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
+    assert (plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
     delta = sl.load(file)
     assert delta.count == row["trained"]
     places = {
@@ -63,7 +64,7 @@ def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
     with torch.no_grad():
         for name, index in selection.indices.items():
             model.get_parameter(name).view(-1)[index] += 1
-    found = language_plan.mask_of(sl.diff(before, model), model)
+    found = plan.mask_of(sl.diff(before, model), model)
     assert found.shapes == selection.shapes
     assert list(found.indices) == list(selection.indices)
     assert all(torch.equal(found.indices[name], index) for name, index in selection.indices.items())
@@ -81,12 +82,12 @@ def test_the_plan_runs_on_a_gpu(build, accelerator, tmp_path, monkeypatch, metho
     def start(config):
         return build("llama").to(accelerator), Texts(*(split(texts[i : i + 8]) for i in (0, 8, 16)))
 
-    monkeypatch.setattr(language_plan, "start", start)
+    monkeypatch.setattr(plan, "start", start)
     monkeypatch.setattr(results, "CHECKOUT", tmp_path)
-    config = {**language_plan.DATA, "method": method, "budget": 0.02, "seed": 0, "batch": 4}
-    row = language_plan.run({**config, "lr": 1e-3})
+    config = {**plan.DATA, "method": method, "budget": 0.02, "seed": 0, "batch": 4}
+    row = plan.run({**config, "lr": 1e-3})
     assert len(row["bits"]) == len(row["tokens"]) == 8
     if method != "untouched":
         assert row["trained"] == sum(row["per_tensor"].values()) > 0
-        found = language_plan.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]
+        found = plan.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]
         assert 1 <= len(found) <= 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from selective_lite.lab import ledgers
+from selective_lite.lab import memory
 
 FULL = {
     "weights": 40_000,
@@ -19,8 +19,8 @@ PREDICTED = {"few": {**FEW, "gradients": 1_024}}
 
 
 def test_the_table_has_every_kind_and_says_where_a_prediction_is_off():
-    top, full, few = ledgers.table(MEASURED, PREDICTED).splitlines()
-    assert top.split() == ["kB", *ledgers.LOOKS, "sum", "prediction"]
+    top, full, few = memory.table(MEASURED, PREDICTED).splitlines()
+    assert top.split() == ["kB", *memory.LOOKS, "sum", "prediction"]
     assert full.split() == ["full", "40.00", "30.00", "60.00", "0.00", "7.00", "137.00"]
     assert few.split() == [
         "few",
@@ -36,10 +36,10 @@ def test_the_table_has_every_kind_and_says_where_a_prediction_is_off():
     ]
 
 
-@pytest.mark.parametrize("kind", ledgers.PREDICTED)
+@pytest.mark.parametrize("kind", memory.PREDICTED)
 def test_a_prediction_is_exact_when_every_kind_is_and_activations_are_not_judged(kind):
-    assert ledgers.verdict(FULL, {k: FULL[k] for k in ledgers.PREDICTED}) == "exact"
-    assert ledgers.verdict(FULL, {**FULL, kind: FULL[kind] + 1}) == f"{kind} -1 bytes"
+    assert memory.verdict(FULL, {k: FULL[k] for k in memory.PREDICTED}) == "exact"
+    assert memory.verdict(FULL, {**FULL, kind: FULL[kind] + 1}) == f"{kind} -1 bytes"
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_a_prediction_is_exact_when_every_kind_is_and_activations_are_not_judged
 )
 def test_the_unit_leaves_two_digits_before_the_point(largest, unit):
     assert (
-        ledgers.unit({"small": {"weights": 1}, "large": {"weights": largest - 1, "index": 1}})[0]
+        memory.unit({"small": {"weights": 1}, "large": {"weights": largest - 1, "index": 1}})[0]
         == unit
     )
 
 
 def test_bars_are_as_long_as_the_bytes_and_ticks_stand_where_predicted_parts_end():
     _, ax = plt.subplots()
-    ledgers.draw(ax, MEASURED, PREDICTED)
+    memory.draw(ax, MEASURED, PREDICTED)
     ends = {
         (round(bar.get_y() + bar.get_height() / 2), bar.get_x() + bar.get_width())
         for bar in ax.patches
@@ -70,15 +70,15 @@ def test_bars_are_as_long_as_the_bytes_and_ticks_stand_where_predicted_parts_end
     ]
     np.testing.assert_allclose(sorted({(y, round(x, 6)) for y, x in ends}), expected)
     np.testing.assert_allclose(ticks, [(41, 1), (42.024, 1), (44.024, 1), (44.524, 1)])
-    assert named == [*ledgers.LOOKS, "predicted"]
+    assert named == [*memory.LOOKS, "predicted"]
     assert (first, upside_down) == ("full", True)
 
 
 def test_one_call_prints_the_table_and_draws_with_words(monkeypatch, capsys):
     pages = []
     monkeypatch.setattr("IPython.display.display", lambda page: pages.append(page.data))
-    ledgers.show(MEASURED, PREDICTED)
-    assert ledgers.table(MEASURED, PREDICTED) in capsys.readouterr().out
+    memory.show(MEASURED, PREDICTED)
+    assert memory.table(MEASURED, PREDICTED) in capsys.readouterr().out
     assert (
         "few 44.5: weights 41, gradients 1, optimizer 2, index 0.5; prediction gradients -24 bytes."
         in pages[0]
@@ -95,4 +95,4 @@ def test_one_call_prints_the_table_and_draws_with_words(monkeypatch, capsys):
 )
 def test_books_that_do_not_fit_are_refused(measured, predicted, message):
     with pytest.raises(ValueError, match=message):
-        ledgers.show(measured, predicted)
+        memory.show(measured, predicted)

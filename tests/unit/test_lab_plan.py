@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from selective_lite.lab import experiments, plan, results
-from selective_lite.lab.recipes import RECIPES
-from selective_lite.lab.tasks import DOMAINS, Split, Task
+from selective_lite.lab import results
+from selective_lite.lab.data.sentiment import DOMAINS, Split, Task
+from selective_lite.lab.experiments import movies, run
+from selective_lite.lab.experiments.recipes import RECIPES
 from selective_lite.params import weights
 
 EXACT = ("random", "fish", "sara", "child_tuning_d")
@@ -20,7 +21,7 @@ SMALL = {"task": "movies", "train": 16, "validation": 40, "batch": 8, "epochs": 
 @pytest.fixture(scope="module")
 def started():
     """MiniLM and a small task."""
-    return experiments.start(SMALL)
+    return run.start(SMALL)
 
 
 def first_phase(started, method, budget):
@@ -29,14 +30,14 @@ def first_phase(started, method, budget):
     total = sum(p.numel() for p in weights(model).values())
     phases = RECIPES[method](model, task, config, 1e-3)
     phase = next(phases)
-    trained = experiments._trained(phase, model)
-    fixed = experiments._is_fixed_mask(phase, model)
+    trained = run._trained(phase, model)
+    fixed = run._is_fixed_mask(phase, model)
     phases.close()
     return trained, total, fixed
 
 
 def test_every_planned_method_has_a_recipe():
-    assert {method for method, _ in plan.GRIDS} == set(RECIPES)
+    assert {method for method, _ in movies.GRIDS} == set(RECIPES)
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -47,7 +48,7 @@ def test_an_exact_method_trains_exactly_k_weights(started, method):
 
 
 @pytest.mark.parametrize("method", NEAREST)
-@pytest.mark.parametrize("budget", plan.FAMILY_BUDGETS)
+@pytest.mark.parametrize("budget", movies.FAMILY_BUDGETS)
 def test_modules_come_near_the_budget(started, method, budget):
     trained, total, fixed = first_phase(started, method, budget)
     assert abs(trained / (budget * total) - 1) < NEAREST[method]
@@ -56,14 +57,14 @@ def test_modules_come_near_the_budget(started, method, budget):
 
 def test_grids_are_parts_of_one_grid_of_half_decades():
     common = {f"{digit}e-{power:02d}" for digit in (1, 3) for power in range(7)}
-    for grid in plan.GRIDS.values():
+    for grid in movies.GRIDS.values():
         assert list(grid) == sorted(grid)
         assert {f"{rate:.0e}" for rate in grid} <= common
 
 
 def test_controls_that_shuffle_wait_for_what_they_shuffle():
-    late = {config["method"] for config in plan.rate_configs() if plan.shuffles(config)}
-    assert late == {method for method, _ in plan.GRIDS if method.endswith("shuffled")}
+    late = {config["method"] for config in movies.rate_configs() if movies.shuffles(config)}
+    assert late == {method for method, _ in movies.GRIDS if method.endswith("shuffled")}
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def tiny(accelerator, monkeypatch):
             for m in SHUFFLED
         ]
 
-    monkeypatch.setattr(experiments, "start", start)
+    monkeypatch.setattr(run, "start", start)
     monkeypatch.setattr(results, "read", read)
 
 
@@ -105,13 +106,13 @@ def test_every_method_of_the_plan_runs_on_a_gpu(method):
     config = {
         **SMALL,
         "method": method,
-        "budget": next(budget for name, budget in plan.GRIDS if name == method),
+        "budget": next(budget for name, budget in movies.GRIDS if name == method),
     }
-    row = experiments.run({**config, "lr": 1e-3})
+    row = run.run({**config, "lr": 1e-3})
     assert row["tested"] == 8
     assert all(math.isfinite(loss) for loss in (row["loss"], *row["first_losses"]))
     assert row["trained"] > 0
-    assert len(experiments.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]) == 2
+    assert len(run.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]) == 2
 
 
 def test_the_larger_profile_runs_every_method_on_every_domain_with_every_seed(monkeypatch):
@@ -129,21 +130,21 @@ def test_the_larger_profile_runs_every_method_on_every_domain_with_every_seed(mo
             {"config": c, "validation": best_in_the_middle[: len(c["grid"])]} for c in ran[name]
         ],
     )
-    plan.everything(plan.LARGE, DOMAINS)
-    rows = [(c["task"], c["method"], c["budget"], c["seed"]) for c in ran[plan.LARGE]]
+    movies.everything(movies.LARGE, DOMAINS)
+    rows = [(c["task"], c["method"], c["budget"], c["seed"]) for c in ran[movies.LARGE]]
     assert len(rows) == len(set(rows))
     assert set(rows) == {
-        (task, *cell, seed) for task in DOMAINS for cell in plan.GRIDS for seed in plan.SEEDS
+        (task, *cell, seed) for task in DOMAINS for cell in movies.GRIDS for seed in movies.SEEDS
     }
-    assert all(c["lr"] == plan.GRIDS[c["method"], c["budget"]][1] for c in ran[plan.LARGE])
-    plan.everything(plan.NAME, DOMAINS[:1])
-    once = {c["method"] for c in ran[plan.NAME]} - {
-        c["method"] for c in ran[plan.NAME] if c["seed"]
+    assert all(c["lr"] == movies.GRIDS[c["method"], c["budget"]][1] for c in ran[movies.LARGE])
+    movies.everything(movies.NAME, DOMAINS[:1])
+    once = {c["method"] for c in ran[movies.NAME]} - {
+        c["method"] for c in ran[movies.NAME] if c["seed"]
     }
-    assert once == set(plan.ONE_SEED)
+    assert once == set(movies.ONE_SEED)
 
 
 def test_a_climb_ends_at_the_first_rate_that_fails():
     seen = {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.55, 3e-2: 0.9}
-    assert experiments.climb(seen, seen.get) == {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.55}
-    assert experiments.climb(seen, seen.get, cliff=0.2) == seen
+    assert run.climb(seen, seen.get) == {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.55}
+    assert run.climb(seen, seen.get, cliff=0.2) == seen

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from selective_lite.lab import progress
-from selective_lite.lab.progress import History, track
+from selective_lite.lab import history
+from selective_lite.lab.history import History, track
 
 RECORDS = [
     {"phase": "relaxed", "step": i, "loss": 1.0 - 0.01 * i, "penalty": 2.0 - 0.02 * i}
@@ -25,7 +25,7 @@ def shown(monkeypatch):
 
 
 def test_track_is_silent_where_nobody_watches():
-    code = "from selective_lite.lab.progress import track; assert list(track(range(3), 'x')) == [0, 1, 2]"
+    code = "from selective_lite.lab.history import track; assert list(track(range(3), 'x')) == [0, 1, 2]"
     environment = {**os.environ, "TQDM_DISABLE": ""}
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=environment, text=True, check=False
@@ -66,10 +66,10 @@ def test_history_refuses_what_fit_does_not_return():
 
 def test_smoothing_keeps_a_straight_line_and_quiets_noise():
     line = np.linspace(3, 1, 201)
-    np.testing.assert_allclose(progress._smooth(line)[5:-5], line[5:-5])
+    np.testing.assert_allclose(history._smooth(line)[5:-5], line[5:-5])
     noise = np.random.default_rng(0).normal(size=2000)
-    assert progress._smooth(noise).std() < 0.2 * noise.std()
-    np.testing.assert_allclose(progress._smooth(np.array([2.0, 4.0])), [2.0, 4.0])
+    assert history._smooth(noise).std() < 0.2 * noise.std()
+    np.testing.assert_allclose(history._smooth(np.array([2.0, 4.0])), [2.0, 4.0])
 
 
 def test_plot_says_in_words_what_it_draws(shown):

@@ -4,26 +4,27 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.lab import evaluate, load_classifier, load_task, results, shipping
-from selective_lite.lab.tasks import DOMAINS
+from selective_lite.lab import evaluate, load_classifier, load_task, results
+from selective_lite.lab.data.sentiment import DOMAINS
+from selective_lite.lab.experiments import four_deltas
 
 ROWS = {
-    (row["config"]["method"], row["config"]["task"]): row for row in results.read(shipping.NAME)
+    (row["config"]["method"], row["config"]["task"]): row for row in results.read(four_deltas.NAME)
 }
 
 
 def test_every_task_has_a_delta_and_a_lora_of_today_s_code():
-    assert set(ROWS) == {(method, task) for method in shipping.METHODS for task in DOMAINS}
+    assert set(ROWS) == {(method, task) for method in four_deltas.METHODS for task in DOMAINS}
     assert results.stale(ROWS.values()) == []
-    assert [row["config"] for row in ROWS.values()] == list(shipping.configs())
+    assert [row["config"] for row in ROWS.values()] == list(four_deltas.configs())
 
 
 @pytest.mark.parametrize("task", DOMAINS)
 def test_a_shipped_file_is_its_row_s_and_answers_as_recorded(task):
     row = ROWS["lt_sft", task]
     file = results.find(f"{task}.safetensors")
-    assert (shipping.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
-    delta = shipping.opened(task)
+    assert (four_deltas.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
+    delta = four_deltas.opened(task)
     assert delta.count == row["trained"] == round(row["config"]["budget"] * delta.metadata["total"])
     model, tokenizer = load_classifier()
     before = sl.snapshot(model)
@@ -43,4 +44,4 @@ def test_a_shipped_file_is_its_row_s_and_answers_as_recorded(task):
 
 def test_a_task_without_a_delta_is_named():
     with pytest.raises(FileNotFoundError, match="task='songs' has no delta"):
-        shipping.opened("songs")
+        four_deltas.opened("songs")

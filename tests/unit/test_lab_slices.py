@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.lab.slices import UpperLayers, accuracy, correct, hidden_below, loss
+from selective_lite.lab.upper_layers import UpperLayers, accuracy, correct, hidden_below, loss
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from selective_lite.lab import evaluate, load_task
-from selective_lite.lab.tasks import BY_DOCUMENT, DOMAINS, Split
+from selective_lite.lab.data.sentiment import BY_DOCUMENT, DOMAINS, Split
 
 
 class Words:

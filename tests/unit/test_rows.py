@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from selective_lite.lab import experiments, plan, results
+from selective_lite.lab import results
+from selective_lite.lab.experiments import movies, run
 
 FILES = sorted(path.stem for path in results.CHECKOUT.glob("*.json"))
 
 
 def test_there_are_rows():
-    assert {plan.NAME, plan.NAME + "_rates", "masked_step"} <= set(FILES)
+    assert {movies.NAME, movies.NAME + "_rates", "masked_step"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -29,19 +30,22 @@ def test_a_row_says_where_it_comes_from(name):
 
 
 def test_every_config_has_its_row():
-    for name, configs in ((plan.NAME + "_rates", plan.rate_configs()), (plan.NAME, plan.configs())):
+    for name, configs in (
+        (movies.NAME + "_rates", movies.rate_configs()),
+        (movies.NAME, movies.configs()),
+    ):
         assert [row["config"] for row in results.read(name)] == json.loads(
             json.dumps(list(configs))
         )
 
 
 def test_every_row_s_code_is_the_one_that_the_plan_would_run():
-    for name in (plan.NAME, plan.NAME + "_rates"):
-        assert all(row["roots"] == experiments.roots(row["config"]) for row in results.read(name))
+    for name in (movies.NAME, movies.NAME + "_rates"):
+        assert all(row["roots"] == run.roots(row["config"]) for row in results.read(name))
 
 
 def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
-    for row in results.read(plan.NAME + "_rates"):
+    for row in results.read(movies.NAME + "_rates"):
         inside, edges = row["validation"][1:-1], (row["validation"][0], row["validation"][-1])
         assert max(inside) >= max(edges), f"widen this grid: {row['config']}"
 
@@ -53,12 +57,12 @@ def test_the_rate_taken_is_the_best_with_its_neighbours_and_not_the_one_beside_t
             "validation": validation,
         }
 
-    assert plan.rate(sweep(0.7, 0.78, 0.77, 0.79, 0.5)) == pytest.approx(1e-3)
-    assert plan.rate(sweep(0.9, 0.5, 0.6, 0.7)) == pytest.approx(1e-3)
+    assert movies.rate(sweep(0.7, 0.78, 0.77, 0.79, 0.5)) == pytest.approx(1e-3)
+    assert movies.rate(sweep(0.9, 0.5, 0.6, 0.7)) == pytest.approx(1e-3)
 
 
 def test_rows_with_a_budget_selected_exactly_k_weights_but_for_those_of_modules():
-    for row in results.read(plan.NAME):
+    for row in results.read(movies.NAME):
         if row["config"]["budget"] != "own" and row["config"]["method"] not in (
             "full",
             "spt",

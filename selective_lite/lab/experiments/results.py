@@ -21,7 +21,7 @@ import torch
 from .provenance import code_hash
 
 Row = dict[str, Any]
-CHECKOUT = Path(__file__).resolve().parents[2] / "results"
+CHECKOUT = Path(__file__).resolve().parents[3] / "results"
 
 
 def find(file: str) -> Path | None:

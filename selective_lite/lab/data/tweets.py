@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..params import preserve_modes
-from .tasks import Split, TextBatches, load_task
+from ...params import preserve_modes
+from .sentiment import Split, TextBatches, load_task
 
 IGNORED = -100  # the label that no loss counts, in torch and transformers
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..params import head_weights
-from ..training import Phase, fit, fixed_mask
+from ...params import head_weights
+from ...training import Phase, fit, fixed_mask
+from ..data.sentiment import Split, Task, evaluate, load_task
+from ..device import VARIABLE
+from ..models import load_classifier
 from . import results
-from .device import VARIABLE
-from .models import load_classifier
 from .recipes import LR_HEAD, RECIPES, Config
-from .tasks import Split, Task, evaluate, load_task
 
 FIRST = 5  # losses kept, for a page to repeat
 OPTIMIZER = partial(torch.optim.AdamW, fused=True)
@@ -30,7 +30,7 @@ class Enough(Exception):
 def roots(config: Config) -> list[str]:
     """The code that a config's row follows from, as `provenance.code_hash` takes it."""
     runner = "sweep" if "grid" in config else "run"
-    return [f"lab/experiments.py:{runner}", f"lab/recipes.py:{config['method']}"]
+    return [f"lab/experiments.py:{runner}", f"lab/experiments/recipes.py:{config['method']}"]
 
 
 def start(config: Config) -> tuple[Any, Task]:
@@ -138,11 +138,12 @@ def sweep(config: Config) -> results.Row:
     untuned = copy.deepcopy(model)
     recipe = RECIPES[config["method"]]
     method = recipe(model, task, config, config["grid"][0])
-    first = next(method)
+    phases = iter(method)
+    first = next(phases)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
         train(model, task.train, config, [first])
-        chosen, untuned = next(method), model  # projected and not yet trained
+        chosen, untuned = next(phases), model  # projected and not yet trained
     elif _is_fixed_mask(first, model):
         chosen = first
     method.close()

@@ -10,23 +10,23 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-from ..methods.fish import fish_mask, fisher_information
-from ..params import snapshot, weights
-from ..scores import random_scores
-from ..selection import Selection, select
-from ..ship.delta import Delta, diff
-from ..training import Phase, fixed_mask
+from ...methods.fish import fish
+from ...params import snapshot, weights
+from ...scores import random_scores
+from ...selection import Selection, select
+from ...ship.delta import Delta, diff
+from ...training import Phases, fixed_mask
+from ..data.tweets import Texts, bits, load_texts
+from ..models import load_language_model
 from . import results
-from .experiments import FIRST, climb, first_losses, train
-from .language import Texts, bits, load_texts
-from .models import load_language_model
-from .shipping import sha256
+from .four_deltas import sha256
+from .run import FIRST, climb, first_losses, train
 
 Config = Mapping[str, Any]
 
@@ -85,14 +85,10 @@ def chosen(model: Any, texts: Texts, config: Config) -> Selection:
     if config["method"] == "random":
         return select(random_scores(model, config["seed"]), config["budget"])
     batches = texts.train.batches(config["batch"], seed=config["seed"])
-    return fish_mask(
-        fisher_information(model, batches, samples=config["samples"]), config["budget"]
-    )
+    return fish(model, batches, config["budget"], samples=config["samples"])
 
 
-def method(
-    model: Any, selection: Selection, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def method(model: Any, selection: Selection, config: Config, lr: float) -> Phases:
     """How a config trains a selection."""
     return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
 
@@ -188,7 +184,9 @@ def rate(sweep: results.Row) -> float:
 
 def roots(config: Config) -> list[str]:
     """The code that a config's row follows from."""
-    return ["lab/language_plan.py:sweep" if "grid" in config else "lab/language_plan.py:run"]
+    return [
+        "lab/experiments/tweets.py:sweep" if "grid" in config else "lab/experiments/tweets.py:run"
+    ]
 
 
 def rate_configs(data: Config = DATA) -> Iterator[Config]:

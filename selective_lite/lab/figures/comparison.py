@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..experiments.results import Row, compare, of, read, stale
 from . import plots
-from .results import Row, compare, of, read, stale
 
 CONTROLS = ("random", "shuffled", "fish_shuffled")
 

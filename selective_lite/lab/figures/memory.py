@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..layers.small import Kind, find_layers, part_shapes
-from ..methods.diff_pruning.groups import GROUPINGS
-from ..params import weights
+from ...layers.small import Kind, find_layers, part_shapes
+from ...methods.diff_pruning.groups import GROUPINGS
+from ...params import weights
 from . import plots
 
 Books = Mapping[str, Mapping[str, int]]  # a way of training -> bytes by kind

@@ -8,10 +8,15 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 # Not followed into: a recipe is a root of its own rows alone, what keeps rows makes no numbers,
 # assets are pinned.
-APART = ("lab/recipes.py", "lab/results.py", "lab/provenance.py", "lab/assets.py")
+APART = (
+    "lab/experiments/recipes.py",
+    "lab/experiments/results.py",
+    "lab/experiments/provenance.py",
+    "lab/data/assets.py",
+)
 
 
 def code_hash(roots: Iterable[str]) -> str:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..device import device
 from .assets import asset
 from .batches import Batches
-from .device import device
 
 SIDE = 28
 CLASSES = 10

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from IPython import get_ipython
 
-from . import plots
+from .figures import plots
 
 T = TypeVar("T")
 

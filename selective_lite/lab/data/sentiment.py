@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..params import preserve_modes
+from ...params import preserve_modes
 from .assets import asset
 from .batches import Batches
 

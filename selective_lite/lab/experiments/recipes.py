@@ -11,28 +11,28 @@ from typing import Any
 
 import torch
 
-from ..methods.bitfit import biases
-from ..methods.child_tuning import child_tuning_d as child_tuning_d_phases
-from ..methods.child_tuning import child_tuning_f as child_tuning_f_phases
-from ..methods.diff_pruning import diff_pruning
-from ..methods.fish import fish as fish_phases
-from ..methods.freezing import last_layers as last_layers_selection
-from ..methods.lt_sft import lt_sft as lt_sft_phases
-from ..methods.sara import sara as sara_phases
-from ..methods.sora import SoRA
-from ..methods.sora import sora as sora_phases
-from ..methods.spt import allocate
-from ..methods.spt import spt as spt_phases
-from ..params import head_weights, weights
-from ..scores import random_scores, squared_gradient
-from ..selection import Selection, select
-from ..selection import shuffled as shuffled_selection
-from ..training import Phase, fixed_mask, full_finetuning
+from ...methods.bitfit import bitfit as bitfit_selection
+from ...methods.child_tuning import child_tuning
+from ...methods.child_tuning import child_tuning_f as child_tuning_f_phases
+from ...methods.diff_pruning import diff_pruning
+from ...methods.fish import fish as fish_selection
+from ...methods.freezing import last_layers as last_layers_selection
+from ...methods.lt_sft import lt_sft as lt_sft_phases
+from ...methods.sara import sara as sara_phases
+from ...methods.sora import SoRA
+from ...methods.sora import sora as sora_phases
+from ...methods.spt import allocate
+from ...methods.spt import spt as spt_phases
+from ...params import head_weights, weights
+from ...scores import random_scores, squared_gradient
+from ...selection import Selection, select
+from ...selection import shuffled as shuffled_selection
+from ...training import Phase, Phases, fixed_mask, full_finetuning
+from ..data.sentiment import Task
 from . import results
-from .tasks import Task
 
 Config = Mapping[str, Any]
-Recipe = Callable[[Any, Task, Config, float], Generator[Phase, None, None]]
+Recipe = Callable[[Any, Task, Config, float], Phases]
 
 LR_HEAD = 1e-3
 LR_W, LR_ALPHA = 3e-4, 0.3
@@ -43,45 +43,44 @@ SPT_RANKS = {0.005: 8, 0.0002: 1}
 LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
 
 
-def full(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def full(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """Full fine-tuning."""
     return full_finetuning(model, lr=lr, lr_head=LR_HEAD, epochs=config["epochs"])
 
 
-def unstructured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def unstructured(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """Diff Pruning with a gate for every weight: half of the epochs relaxed, half with the mask fixed."""
     return _diff_pruning(model, config, lr, groups=None)
 
 
-def structured(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def structured(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """Diff Pruning with a second gate for every tensor."""
     return _diff_pruning(model, config, lr, groups="tensor")
 
 
-def random(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def random(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """The control: positions drawn uniformly."""
     return _fixed(model, select(random_scores(model, config["seed"]), config["budget"]), config, lr)
 
 
-def shuffled(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def shuffled(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """The control: random positions, as many in every tensor as unstructured Diff Pruning has."""
     return _fixed(model, _shuffled("unstructured", model, config), config, lr)
 
 
-def fish(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def fish(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """FISH, with the empirical Fisher information of some training examples."""
     batches = task.train.batches(config["batch"], seed=config["seed"])
-    return fish_phases(model, config["budget"], batches, samples=FISH_SAMPLES, **_rates(config, lr))
+    selection = fish_selection(model, batches, config["budget"], samples=FISH_SAMPLES)
+    return _fixed(model, selection, config, lr)
 
 
-def fish_shuffled(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def fish_shuffled(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """The control: random positions, as many in every tensor as FISH has."""
     return _fixed(model, _shuffled("fish", model, config), config, lr)
 
 
-def sara(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def sara(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """SaRA's smallest weights, exactly k of them; without re-selection and rank loss.
 
     The k-th smallest is smaller than one step at a useful rate, so that a re-selection would let
@@ -90,21 +89,19 @@ def sara(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, 
     return sara_phases(model, budget=config["budget"], lam=0.0, reselect=None, **_rates(config, lr))
 
 
-def sara_threshold(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def sara_threshold(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """SaRA with the threshold of 2e-3 of the authors' example, re-selection and rank loss."""
     return sara_phases(model, threshold=2e-3, seed=config["seed"], **_rates(config, lr))
 
 
-def spt(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def spt(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """SPT-LoRA."""
     scores = squared_gradient(model, task.train.batches(config["batch"]), reduction="batch")
     allocation = allocate(model, scores, config["budget"], rank=SPT_RANKS[config["budget"]])
     return spt_phases(model, allocation, seed=config["seed"], **_rates(config, lr))
 
 
-def lora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def lora(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """peft's LoRA on queries and values."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -121,43 +118,42 @@ def lora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, 
         {"params": params, "lr": r, "weight_decay": 0.0}
         for params, r in ((added, lr), (heads, LR_HEAD))
     ]
-    yield Phase("LoRA", groups, config["epochs"])
+
+    def phases() -> Generator[Phase, None, None]:
+        yield Phase("LoRA", groups, config["epochs"])
+
+    return Phases(phases())
 
 
-def bitfit(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def bitfit(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """BitFit: all biases."""
-    return _fixed(model, biases(model), config, lr)
+    return _fixed(model, bitfit_selection(model), config, lr)
 
 
-def last_layers(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def last_layers(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """The last of the six layers, and the pooler."""
     return _fixed(model, last_layers_selection(model, 1), config, lr)
 
 
-def child_tuning_f(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def child_tuning_f(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """Child-Tuning-F, p = 0.3."""
     return child_tuning_f_phases(model, seed=config["seed"], **_rates(config, lr))
 
 
-def child_tuning_d(
-    model: Any, task: Task, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def child_tuning_d(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """Child-Tuning-D at a budget, with the authors' squared gradient of a batch."""
     batches = task.train.batches(config["batch"])
-    return child_tuning_d_phases(
-        model, batches, p=config["budget"], reduction="batch", **_rates(config, lr)
-    )
+    selection = child_tuning(model, batches, config["budget"], reduction="batch")
+    return _fixed(model, selection, config, lr)
 
 
-def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """LT-SFT: half of the epochs dense, half masked."""
     rates = {**_rates(config, lr), "lr_dense": LR_DENSE, "epochs": _halves(config)}
     return lt_sft_phases(model, config["budget"], **rates)
 
 
-def sora(model: Any, task: Task, config: Config, lr: float) -> Generator[Phase, None, None]:
+def sora(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """SoRA of rank 8 beside every matrix of the encoder and the pooler."""
     return sora_phases(SoRA(model, seed=config["seed"]), **_rates(config, lr))
 
@@ -171,9 +167,7 @@ def _halves(config: Config) -> tuple[int, int]:
     return first, config["epochs"] - first
 
 
-def _diff_pruning(
-    model: Any, config: Config, lr: float, groups: Any
-) -> Generator[Phase, None, None]:
+def _diff_pruning(model: Any, config: Config, lr: float, groups: Any) -> Phases:
     return diff_pruning(
         model,
         config["budget"],
@@ -187,9 +181,7 @@ def _diff_pruning(
     )
 
 
-def _fixed(
-    model: Any, selection: Selection, config: Config, lr: float
-) -> Generator[Phase, None, None]:
+def _fixed(model: Any, selection: Selection, config: Config, lr: float) -> Phases:
     return fixed_mask(model, selection, **_rates(config, lr))
 
 

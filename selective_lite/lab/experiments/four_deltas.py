@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..params import head_weights, snapshot
-from ..ship.delta import Delta, diff, load
-from . import plan, results
-from .experiments import start, train
+from ...params import head_weights, snapshot
+from ...ship.delta import Delta, diff, load
+from ..data.sentiment import DOMAINS, evaluate
+from . import movies, results
 from .recipes import RECIPES, Config
-from .tasks import DOMAINS, evaluate
+from .run import start, train
 
 NAME = "deltas"
 METHODS = {"lt_sft": "LT-SFT", "lora": "LoRA"}
@@ -31,21 +31,21 @@ BUDGET = 0.0002
 def configs() -> Iterator[Config]:
     """A delta and a LoRA for every task."""
     for method in METHODS:
-        (sweep,) = results.of(results.read(plan.NAME + "_rates"), method, BUDGET)
+        (sweep,) = results.of(results.read(movies.NAME + "_rates"), method, BUDGET)
         for task in DOMAINS:
             yield {
                 "method": method,
                 "budget": BUDGET,
                 "seed": 0,
-                "lr": plan.rate(sweep),
+                "lr": movies.rate(sweep),
                 "task": task,
-                **plan.DATA,
+                **movies.DATA,
             }
 
 
 def roots(config: Config) -> list[str]:
     """The code that a config's row follows from."""
-    return ["lab/shipping.py:run", f"lab/recipes.py:{config['method']}"]
+    return ["lab/experiments/four_deltas.py:run", f"lab/experiments/recipes.py:{config['method']}"]
 
 
 def run(config: Config) -> results.Row:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ..data.sentiment import DOMAINS
 from . import results
-from .experiments import roots, run, sweep
 from .recipes import Config
-from .tasks import DOMAINS
+from .run import roots, run, sweep
 
 NAME, LARGE = "movies", "domains"
 DATA = {"train": 1000, "validation": 500, "batch": 32, "epochs": 4}

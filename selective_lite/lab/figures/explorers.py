@@ -12,8 +12,8 @@ import torch
 from matplotlib import colors, rc_context
 from matplotlib.figure import Figure
 
-from ..gates import check_stretch
-from ..selection import select
+from ...gates import check_stretch
+from ...selection import select
 from . import plots
 
 MAX_FRAMES = 15  # an axis

@@ -1,0 +1,1 @@
+"""What the experiments learn from: assets, batches, sentiment, digits and tweets."""
