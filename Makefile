@@ -63,11 +63,7 @@ results: $(ENVIRONMENT) assets ## run the full experiments, some four hours; an 
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.tweets
 
 .PHONY: restamp
-<<<<<<< HEAD
 restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code changed; keep those that agree
-=======
-restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code changed; restamp those that agree
->>>>>>> prov
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.restamp
 
 .PHONY: benchmarks
