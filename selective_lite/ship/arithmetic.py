@@ -1,13 +1,17 @@
-"""Compose: one delta from several, the sum of their weighted differences (task arithmetic, Ilharco et al. 2023)."""
+"""Arithmetic: one delta from several, the weighted sum of their differences.
+
+Task arithmetic (Ilharco et al. 2023).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .base import at, tensors_of
 from .delta import Delta, assemble
 from .file import bits
 
@@ -15,7 +19,7 @@ from .file import bits
 def combine(
     base: nn.Module, deltas: Sequence[Delta], weights: Sequence[float], *, head: int | None = None
 ) -> Delta:
-    """The delta whose difference to the base is the weighted sum of the differences of several.
+    """The delta whose difference to the base is the weighted sum of several ones.
 
     Where only one delta has a position and its weight is 1, the result has its value to the bit.
 
@@ -28,8 +32,9 @@ def combine(
     weights
         A finite number for each; a negative one takes a task away.
     head
-        Whose task head the result has, an index into `deltas`: a head is new, and no difference
-        that could be summed. ``None`` where all have the same head, or none.
+        Index of the delta whose task head and buffers the result has: a head is new, so that
+        there is no difference to sum, and statistics do not add up. ``None`` where all have the
+        same, or none.
 
     Raises
     ------
@@ -37,8 +42,8 @@ def combine(
         If a delta is not for this base.
     ValueError
         If there are not as many weights as deltas, a weight is not finite, a delta has small
-        modules, heads differ and `head` does not say which, a tensor is the head of one delta and
-        not of another, a sum is not finite in the base's dtype, or all differences cancel out.
+        modules, heads or buffers differ and `head` does not say which, a tensor is the head of one
+        delta and not of another, a sum is not finite in the base's dtype, or all differences cancel out.
     """
     if (
         not deltas
@@ -48,26 +53,36 @@ def combine(
         raise ValueError(
             f"weights={list(weights)} must be a finite number for each of the {len(deltas)} deltas"
         )
+    if head is not None and head not in range(len(deltas)):
+        raise ValueError(f"head={head} is not an index of {len(deltas)} deltas")
+    names = []
     for i, delta in enumerate(deltas):
         if delta.modules:
             raise ValueError(
-                f"deltas[{i}] has small modules, which are no difference of a weight; merge_adapters in the tuned "
-                "model, then diff again"
+                f"deltas[{i}] has small modules, which are not a difference of a weight; "
+                "merge_adapters in the tuned model, then diff again"
             )
-        delta.base_values(base)
-    own_head, named = _head(deltas, head), dict(base.named_parameters())
+        names.append(delta.check(base)[0].found)
+    tensors = tensors_of(base)
+    heads = _chosen("heads", [delta.head for delta in deltas], head, names, tensors)
+    buffers = _chosen("buffers", [delta.buffers for delta in deltas], head, names, tensors)
     parts: dict[str, list[tuple[float, Tensor, Tensor]]] = {}
-    for delta, weight in zip(deltas, weights, strict=True):
-        for name, (where, values) in delta._replaced().items():
-            if name not in delta.head:
-                index = (
-                    torch.arange(values.numel(), device="cpu") if where is None else where.long()
-                )
-                parts.setdefault(name, []).append((weight, index, values.reshape(-1)))
-    if clash := set(parts) & {name for delta in deltas for name in delta.head}:
+    for delta, own, weight in zip(deltas, names, weights, strict=True):
+        for name, (where, values) in delta.replaced().items():
+            if name not in delta.head and name not in delta.buffers:
+                every = torch.arange(values.numel(), device="cpu")
+                index = every if where is None else where.long()
+                parts.setdefault(own[name], []).append((weight, index, values.reshape(-1)))
+    of_heads = {
+        own[name]
+        for delta, own in zip(deltas, names, strict=True)
+        for name in delta.head
+        if name in own
+    }
+    if clash := set(parts) & of_heads:
         raise ValueError(f"deltas do not agree whether {min(clash)!r} is part of the head")
-    changed = {name: _sum(name, named[name], parts[name]) for name in named if name in parts}
-    if not (own_head or any(len(where) for where, _ in changed.values())):
+    changed = {name: _sum(name, tensors[name], parts[name]) for name in tensors if name in parts}
+    if not (heads or buffers or any(len(where) for where, _ in changed.values())):
         raise ValueError(
             f"with weights={list(weights)} the differences cancel out; there is nothing to store"
         )
@@ -76,23 +91,41 @@ def combine(
         for delta, w in zip(deltas, weights, strict=True)
     )
     return assemble(
-        named, changed, own_head, {}, method=" + ".join(terms), total=deltas[0].metadata["total"]
+        base,
+        lambda name, where: at(tensors[name], where),
+        changed,
+        heads,
+        buffers,
+        method=" + ".join(terms),
+        total=deltas[0].metadata["total"],
     )
 
 
-def _head(deltas: Sequence[Delta], chosen: int | None) -> dict[str, Tensor]:
-    heads = [{name: bits(tensor) for name, tensor in delta.head.items()} for delta in deltas]
-    if chosen is None:
-        for i, other in enumerate(heads):
-            if set(other) != set(heads[0]) or not all(
-                torch.equal(other[name], heads[0][name]) for name in other
-            ):
-                raise ValueError(
-                    f"deltas[0] and deltas[{i}] have different heads; give head=0 to head={len(heads) - 1}"
-                )
-    elif chosen not in range(len(deltas)):
-        raise ValueError(f"head={chosen} is no index of {len(deltas)} deltas")
-    return {name: tensor.clone() for name, tensor in deltas[chosen or 0].head.items()}
+def _chosen(
+    what: str,
+    found: Sequence[Mapping[str, Tensor]],
+    head: int | None,
+    names: Sequence[Mapping[str, str]],
+    base: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The tensors of one of the deltas that go into the result whole, in the base's dtype."""
+    renamed = [
+        {
+            own[name]: tensor.to(base[own[name]].dtype)
+            for name, tensor in part.items()
+            if name in own
+        }
+        for part, own in zip(found, names, strict=True)
+    ]
+    for i, other in enumerate(renamed if head is None else ()):
+        if set(other) != set(renamed[0]) or not all(
+            torch.equal(bits(other[name]), bits(renamed[0][name])) for name in other
+        ):
+            raise ValueError(
+                f"deltas[0] and deltas[{i}] have different {what}; give head=0 to "
+                f"head={len(found) - 1}, the delta whose {what} the result has"
+            )
+    return {name: tensor.clone() for name, tensor in renamed[head or 0].items()}
 
 
 def _sum(

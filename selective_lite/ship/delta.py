@@ -1,64 +1,87 @@
-"""Delta: what fine-tuning changed, as positions, tensors and small modules; apply and revert are bit-exact."""
+"""Delta: what fine-tuning changed, as positions, tensors, buffers and small modules.
+
+Values replace the base's (a sum with a difference would not give them back exactly), so that
+applying and reverting are exact to the bit.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.masked import training_of
 from ..layers.small import (
     KINDS,
     adapter_parameters,
     adapters,
     add_adapters,
     find_layers,
-    part_shapes,
     remove_adapters,
 )
-from ..params import head_weights, weights
-from .file import DeltaError, bits, digest, read, write
-from .positions import increasing, pack, unpack
-
-Encoding = Literal["flat", "gap-lzma"]
-# The oldest version that can hold it: 2 has small modules; in 3 one stream of gaps stands for all
-# positions.
-VERSIONS: dict[int, Encoding] = {1: "flat", 2: "flat", 3: "gap-lzma"}
-POSITIONS, VALUES, DENSE, HEAD, MODULES, GAPS = (
-    "positions/",
-    "values/",
-    "dense/",
-    "head/",
-    "modules/",
-    "gaps",
+from ..params import head_weights, named_buffers, owners, ties, unwrap, weights
+from ..selection import Selection
+from .base import (
+    Names,
+    at,
+    base_of,
+    check_tensor,
+    find_names,
+    fingerprint,
+    library_version,
+    spread,
+    tensors_of,
+)
+from .file import (
+    MODULES,
+    PARTS,
+    DeltaError,
+    Encoding,
+    bits,
+    body_of,
+    count,
+    decode,
+    encode,
+    fits,
+    flat_names,
+    index_dtype,
+    replaced_by,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Tuned values at sorted flat positions of a base model's tensors, whole tensors, and small modules beside them.
+    """Tuned values at sorted flat positions of a base's tensors, whole tensors, and small modules.
 
     Attributes
     ----------
     positions, values
         ``{name: int32 or int64}`` and ``{name: tuned values}``; values replace the base's, they are
-        not differences.
+        not differences. They have the base's dtype, or are float32 for a half-precision base.
     dense
         ``{name: tensor}``, tensors of the base that changed everywhere.
     head
-        ``{name: tensor}``, the task head; it is new, and no part of the base's fingerprint.
+        ``{name: tensor}``, the task head; it is new, so that no fingerprint covers it.
     metadata
-        ``version``, ``method``, ``shapes`` and ``dtypes`` by name, and ``fingerprint``: a SHA-256
-        of the base's own values wherever the delta replaces them, and of as many of a matrix's
-        values as its small module has. With small modules also ``modules``, ``{weight name:
-        {"kind": "lora" or "adapter", "rank": int}}``.
+        ``base`` (what is known of it: ``name_or_path``, ``revision``, ``class``, ``dtype``,
+        ``num_labels``, ``id2label``), ``library`` (this library's version), ``method``, ``k`` and
+        ``total`` (weights replaced, and candidates), ``shapes`` by name, ``ties``, ``{name: other
+        names of the same tensor}``, and ``fingerprints``: for every name outside the head, sorted,
+        the start of a SHA-256 of the base's own values that are replaced, and of some of a matrix
+        that has a small module. With small modules also ``modules``, ``{weight name: {"kind":
+        "lora" or "adapter", "rank": int}}``; where float32 values stand for a half-precision base
+        ``rounds_to``, ``{name: dtype}``; and ``complete`` if every selected weight is there,
+        whether it moved or not.
     modules
         ``{weight name: {part: tensor}}``, the small modules of `adapters`; the weights they belong
         to are the base's.
+    buffers
+        ``{name: tensor}``, persistent buffers that changed, such as batch-norm statistics.
     """
 
     positions: dict[str, Tensor]
@@ -67,60 +90,41 @@ class Delta:
     head: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """``{part: tensors by name}``, the attributes that hold tensors."""
+        return {part: getattr(self, part) for part in (*PARTS, MODULES)}
 
     @property
     def count(self) -> int:
         """Number of replaced weights outside the head, and of the small modules' weights."""
-        return sum(
-            t.numel()
-            for key, t in self._tensors().items()
-            if key.startswith((VALUES, DENSE, MODULES))
-        )
+        return count(self.parts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors as they are stored."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in flat_names(self.parts).values())
 
-    def _replaced(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """What replaces the base's values, ``{name: (positions, or None for the whole tensor, values)}``."""
-        whole = {name: (None, tensor) for name, tensor in (*self.dense.items(), *self.head.items())}
-        return {
-            **whole,
-            **{name: (self.positions[name], values) for name, values in self.values.items()},
-        }
+    def replaced(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """What replaces the base's values, ``{name: (positions or None for all, values)}``."""
+        return {name: (where, values) for name, where, values in replaced_by(self.parts)}
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        """Every stored tensor but the positions, with the name of the base's tensor that it belongs to."""
-        small = [
-            (name, tensor) for name, parts in self.modules.items() for tensor in parts.values()
-        ]
-        return [*self.values.items(), *self.dense.items(), *self.head.items(), *small]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        small = {
-            f"{name}/{part}": t for name, parts in self.modules.items() for part, t in parts.items()
-        }
-        parts = {
-            POSITIONS: self.positions,
-            VALUES: self.values,
-            DENSE: self.dense,
-            HEAD: self.head,
-            MODULES: small,
-        }
-        return {
-            prefix + name: t.contiguous()
-            for prefix, part in parts.items()
-            for name, t in part.items()
-        }
+    def base_dtype(self, name: str) -> str:
+        """The dtype of a tensor of the base, such as ``"torch.float32"``."""
+        rounded = self.metadata.get("rounds_to", {})
+        tensors = {name: values for name, (_, values) in self.replaced().items()}
+        small = {name: next(iter(pieces.values())) for name, pieces in self.modules.items()}
+        return rounded.get(name) or str({**small, **tensors}[name].dtype)
 
     def save(self, path: str | os.PathLike, encoding: Encoding = "flat") -> None:
-        """Write the delta as safetensors, with a SHA-256 over tensors and metadata; complete or not at all.
+        """Write the delta as safetensors, with a SHA-256 over all of it; complete or not at all.
 
         Parameters
         ----------
         path
-            Of the file; one that is there is replaced.
+            Path of the file; one that is there is replaced.
         encoding
             ``"flat"`` stores positions as they are, for every tool to read; ``"gap-lzma"`` as
             compressed gaps, in a third of the bytes.
@@ -130,27 +134,17 @@ class Delta:
         ValueError
             If `encoding` is another one.
         """
-        if encoding not in VERSIONS.values():
-            raise ValueError(
-                f"encoding={encoding!r} is unknown; choose one of {(*dict.fromkeys(VERSIONS.values()),)}"
-            )
-        tensors, metadata = self._tensors(), {**self.metadata, "version": 2 if self.modules else 1}
-        if encoding == "gap-lzma":
-            tensors = {
-                key: tensor for key, tensor in tensors.items() if not key.startswith(POSITIONS)
-            }
-            tensors[GAPS] = pack([self.positions[name] for name in sorted(self.values)])
-            metadata["version"] = 3
-            del metadata["dtypes"]  # the tensors say it
-        write(path, tensors, metadata)
+        encode(path, self.parts, self.metadata, encoding)
 
     def apply(self, model: nn.Module) -> Applied:
-        """Put the tuned values and the small modules into a model, in place.
+        """Put the tuned values, buffers and small modules into a model, in place.
 
         Parameters
         ----------
         model
-            The base model that the delta was made from, on any device.
+            The base model that the delta was made from, on any device, also compiled, wrapped, or
+            as a part of another one (or the part without its head: then the head is left out, and
+            a warning says so).
 
         Returns
         -------
@@ -161,9 +155,9 @@ class Delta:
         Raises
         ------
         DeltaError
-            If a tensor is missing, or has another shape or dtype, or the base's values are not
-            those that the delta was made from, or a layer cannot take its small module. The model
-            is unchanged.
+            If a tensor is missing, has another shape or dtype or is tied to others, or the base's
+            values are not those that the delta was made from, or a layer cannot take its small
+            module, or the model is in masked training. The model is unchanged.
         """
         return Applied(self, model)
 
@@ -174,88 +168,148 @@ class Delta:
         -------
         dict
             ``{name: values (k,)}`` for single positions, ``{name: tensor (numel,)}`` for dense
-            tensors and the head.
+            tensors, buffers and the head; by the delta's names.
         """
-        named = dict(model.named_parameters())
-        for name, shape in self.metadata["shapes"].items():
-            if name not in named:
-                raise DeltaError(f"model has no parameter {name!r}; this delta is for another base")
-            if list(named[name].shape) != shape:
-                raise DeltaError(
-                    f"model's {name!r} has shape {list(named[name].shape)}, the delta's base has {shape}"
-                )
-            wanted = self.metadata["dtypes"][name]
-            if str(named[name].dtype) != wanted:
-                raise DeltaError(
-                    f"model's {name!r} is {named[name].dtype}, the delta's base is {wanted}; convert it"
-                )
-        if self.modules:
-            self._check_places(model)
-        found = {name: _at(named[name], where) for name, (where, _) in self._replaced().items()}
-        if self._fingerprint(named, found) != self.metadata["fingerprint"]:
-            raise DeltaError(
-                "model's weights are not the base that this delta was made from (or already carry a delta)"
-            )
-        return found
+        return self.check(model)[1]
 
-    def _check_places(self, model: nn.Module) -> None:
-        try:
-            places = find_layers(
-                model, {name: self.metadata["modules"][name]["rank"] for name in self.modules}
+    def selection(self, model: nn.Module | None = None) -> Selection:
+        """Which weights the delta replaces, for a model's training to start from.
+
+        Parameters
+        ----------
+        model
+            The base: the selection then has the shapes of all candidates, in model order, under
+            the model's names. ``None`` gives the shapes of the tensors in the delta only.
+
+        Raises
+        ------
+        DeltaError
+            If the model lacks one of the tensors.
+        ValueError
+            If the delta replaces no weight outside the head and the buffers.
+        """
+        shapes = {name: tuple(shape) for name, shape in self.metadata["shapes"].items()}
+        where = {name: index.long() for name, index in self.positions.items()}
+        where |= {name: torch.arange(t.numel(), device="cpu") for name, t in self.dense.items()}
+        if not where:
+            raise ValueError("delta replaces no weight outside its head, so that none is selected")
+        if model is None:
+            return Selection(where, {n: shapes[n] for n in where}, self.metadata["method"])
+        names = self.names(model).found
+        candidates = weights(model, [names[name] for name in self.head if name in names])
+        found = {names[name]: index for name, index in where.items()}
+        all_shapes = {name: tuple(p.shape) for name, p in candidates.items()}
+        all_shapes |= {names[name]: shapes[name] for name in where}
+        ordered = {name: found[name] for name in all_shapes if name in found}
+        return Selection(ordered, all_shapes, self.metadata["method"])
+
+    def names(self, model: nn.Module) -> Names:
+        """Where the delta's tensors are in a model; errors as `apply`."""
+        return find_names(body_of(self.parts), list(self.head), self.metadata, model)
+
+    def check(self, model: nn.Module) -> tuple[Names, dict[str, Tensor]]:
+        """Where the delta's tensors are in a model, and the values there; errors as `apply`."""
+        if training_of(model) is not None:
+            raise DeltaError(
+                "model is in masked training; leave that first (close it), or put the values into "
+                "it with tuning.resume(delta)"
             )
+        names = self.names(model)
+        tensors, places = tensors_of(model), owners(model)
+        for name, own in names.found.items():
+            table = any(isinstance(module, nn.Embedding) for module, _ in places.get(own, ()))
+            shape = self.metadata["shapes"][name]
+            check_tensor(own, tensors[own], shape, self.base_dtype(name), table)
+        self._check_layers(model, names)
+        replaced = self.replaced()
+        found = {n: at(tensors[o], replaced[n][0]) for n, o in names.found.items() if n in replaced}
+        self.check_base(lambda name, where: at(tensors[names.found[name]], where), found, names)
+        return names, found
+
+    def check_base(
+        self, read: Callable[[str, Tensor], Tensor], found: Mapping[str, Tensor], names: Names
+    ) -> None:
+        """Raise a `DeltaError` naming the first tensor whose values are not the base's.
+
+        Parameters
+        ----------
+        read
+            ``(name, positions) -> values`` of the model that may be the base.
+        found
+            Its values where the delta replaces them.
+        names
+            The model's names, for the message.
+        """
+        body = body_of(self.parts)
+        for name, expected in zip(body, self.metadata["fingerprints"], strict=True):
+            if fingerprint(found.get(name), self._sampled(name, read)) != expected:
+                raise DeltaError(
+                    f"model's {names.found[name]!r} is not the base's at the replaced positions: "
+                    "model is not the base that this delta was made from (or already carries a "
+                    "delta). Rows that were added to an embedding are drawn anew for every model: "
+                    "copy them from the tuned one, or ship that tensor whole (head=)"
+                )
+
+    def _sampled(self, name: str, read: Callable[[str, Tensor], Tensor]) -> Tensor | None:
+        if name not in self.modules:
+            return None
+        size = 1
+        for length in self.metadata["shapes"][name]:
+            size *= length
+        return read(name, spread(size, sum(t.numel() for t in self.modules[name].values())))
+
+    def _check_layers(self, model: nn.Module, names: Names) -> None:
+        specs = {name: self.metadata[MODULES][name] for name in self.modules}
+        ranks = {names.found[name]: spec["rank"] for name, spec in specs.items()}
+        try:
+            layers = find_layers(unwrap(model), ranks)
         except ValueError as error:
             raise DeltaError(f"model cannot take this delta's small modules: {error}") from None
-        for name, (_, d_in, d_out) in places.items():
-            if not _fits(self.modules[name], self.metadata["modules"][name], d_in, d_out):
+        for name, spec in specs.items():
+            _, d_in, d_out = layers[names.found[name]]
+            if not fits(self.modules[name], spec, d_in, d_out):
                 raise DeltaError(
-                    f"the small module of {name!r} is not for a layer from {d_in} to {d_out} features"
+                    f"the small module of {name!r} is not for a layer from {d_in} to {d_out} "
+                    "features"
                 )
-
-    def _fingerprint(self, named: Mapping[str, Tensor], replaced: Mapping[str, Tensor]) -> str:
-        covered = {name: values for name, values in replaced.items() if name not in self.head}
-        for (
-            name,
-            parts,
-        ) in (
-            self.modules.items()
-        ):  # not replaced; some of its values, evenly spread, tell the matrix
-            size = named[name].numel()
-            count = min(size, sum(t.numel() for t in parts.values()))
-            covered[MODULES + name] = _at(
-                named[name], torch.arange(count, device="cpu") * size // count
-            )
-        return digest("", covered)
 
 
 class Applied:
     """A delta in a model; keeps the k original values, so that `revert` is exact."""
 
     def __init__(self, delta: Delta, model: nn.Module) -> None:
-        self._delta, self._model = delta, model
+        self._delta, self._model = delta, unwrap(model)
         self._put()
 
     def _put(self) -> None:
         delta, model = self._delta, self._model
-        self._original = delta.base_values(model)
-        self._named, self._modules, self._reverted = (
-            dict(model.named_parameters()),
-            dict[str, nn.Module](),
-            False,
-        )
-        for name, parts in delta.modules.items():
-            spec = delta.metadata["modules"][name]
-            self._modules |= add_adapters(model, (name,), kind=spec["kind"], rank=spec["rank"])
-            self._modules[name].load_state_dict(parts)
-        self._write({name: values for name, (_, values) in delta._replaced().items()})
+        names, self._original = delta.check(model)
+        self._names, self._reverted = names.found, False
+        self._modules: dict[str, nn.Module] = {}
+        if names.left_out:
+            warnings.warn(
+                f"model has no {names.left_out[0]!r}: the delta's head was left out",
+                stacklevel=4,
+            )
+        for name, pieces in delta.modules.items():
+            spec, own = delta.metadata[MODULES][name], names.found[name]
+            self._modules[name] = add_adapters(model, (own,), kind=spec["kind"], rank=spec["rank"])[
+                own
+            ]
+            self._modules[name].load_state_dict(pieces)
+        self._write({name: delta.replaced()[name][1] for name in self._original})
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, (where, _) in self._delta._replaced().items():
-            p = self._named[name]
+        # Looked up by name: a buffer is another tensor after model.to(device).
+        tensors, replaced = tensors_of(self._model), self._delta.replaced()
+        for name, new in values.items():
+            tensor, where = tensors[self._names[name]], replaced[name][0]
             if where is None:
-                p.copy_(values[name].reshape(p.shape))
+                tensor.copy_(new.reshape(tensor.shape))
             else:
-                p.put_(where.to(p.device, torch.int64), values[name].to(p.device))
+                new = new.to(tensor.device, tensor.dtype)
+                tensor.put_(where.to(tensor.device, torch.int64), new)
 
     def revert(self) -> None:
         """Give the model back its original bits; a second call does nothing.
@@ -264,27 +318,33 @@ class Applied:
         ------
         DeltaError
             If the delta's values are no longer in the model: something else was applied on top, or
-            it was trained.
+            it was trained (or is in masked training).
         """
         if self._reverted:
             return
-        delta, found = self._delta, adapters(self._model) if self._modules else {}
+        delta, model = self._delta, self._model
+        if training_of(model) is not None:
+            raise DeltaError("model is in masked training; leave that first, then revert")
+        found = adapters(model) if self._modules else {}
         for name, module in self._modules.items():
-            if found.get(name) is not module:
+            if found.get(self._names[name]) is not module:
                 raise DeltaError(
-                    f"{name!r} no longer has this delta's small module; put it back or reload the base"
+                    f"{name!r} no longer has this delta's small module; put it back or reload the "
+                    "base"
                 )
-            for part, p in module.named_parameters():
-                _expect(f"{name}/{part}", p, delta.modules[name][part])
-        for name, (where, values) in delta._replaced().items():
-            _expect(name, _at(self._named[name], where), values)
+            for piece, p in module.named_parameters():
+                _expect(f"{name}/{piece}", p, delta.modules[name][piece])
+        tensors, replaced = tensors_of(model), delta.replaced()
+        for name in self._original:
+            where, values = replaced[name]
+            _expect(name, at(tensors[self._names[name]], where), values)
         if self._modules:
-            remove_adapters(self._model, list(self._modules))
+            remove_adapters(model, [self._names[name] for name in self._modules])
         self._write(self._original)
         self._original, self._reverted = {}, True
 
     def switch(self, delta: Delta) -> Applied:
-        """Take this delta out and put another one of the same base in, in place; if that fails, this one is back.
+        """Take this delta out and put another one of the same base in; if that fails, this is back.
 
         Raises
         ------
@@ -306,6 +366,7 @@ class Applied:
 
 
 def _expect(name: str, found: Tensor, value: Tensor) -> None:
+    value = value.to(found.dtype)  # float32 values of a half-precision base
     if not torch.equal(bits(found.cpu()).reshape(-1), bits(value).reshape(-1)):
         raise DeltaError(
             f"{name!r} no longer holds this delta's values; revert what was applied after it first"
@@ -319,7 +380,9 @@ def diff(
     head: Sequence[str] | None = None,
     method: str = "",
 ) -> Delta:
-    """The delta from a base to a tuned model: every weight whose bits differ, and the small modules it has.
+    """The delta from a base to a tuned model: every value whose bits differ, and small modules.
+
+    In masked training, `tuned` is what it would be if training ended now.
 
     Parameters
     ----------
@@ -328,7 +391,7 @@ def diff(
     tuned
         The model after.
     head
-        As in `weights`; the head is stored whole.
+        Prefixes of the task head, as in `weights`; the head is stored whole.
     method
         How it was tuned, for the reader of the file.
 
@@ -337,228 +400,176 @@ def diff(
     ValueError
         If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs, or
         the base has small modules of its own.
+
+    Warns
+    -----
+    UserWarning
+        If `base` is a mapping without any of the model's buffers: what changed in them is not
+        shipped.
     """
-    before = dict(base.named_parameters()) if isinstance(base, nn.Module) else dict(base)
-    small, own = adapters(tuned), adapter_parameters(tuned)
+    before = tensors_of(base) if isinstance(base, nn.Module) else dict(base)
+    own = adapter_parameters(tuned)
     if (isinstance(base, nn.Module) and adapters(base)) or any(name in before for name in own):
         raise ValueError(
             "base has small modules; merge or remove them, so that it is an ordinary model"
         )
+    training = training_of(tuned)
+    now = {} if training is None else training.values()
+    index = {} if training is None else training.selection.indices
+
+    def after(name: str, tensor: Tensor) -> Tensor:
+        """A tensor as it is now, on the CPU, flat; masked training may not have written it yet."""
+        flat = at(tensor)
+        if name in now and now[name].numel() == len(flat):
+            return now[name].reshape(-1)
+        return flat.index_copy_(0, index[name], now[name]) if name in now else flat
+
+    candidates = weights(tuned, head, with_frozen=True)
+    compared: dict[str, Tensor] = {name: p for name, p in candidates.items() if name not in own}
+    small = [name.rpartition(".adapter.")[0] + ".adapter." for name in own]
+    buffers = {n: b for n, b in named_buffers(tuned).items() if not n.startswith(tuple(small))}
+    if not any(name in before for name in buffers) and not isinstance(base, nn.Module):
+        if buffers:
+            warnings.warn(
+                f"base holds no buffers, such as {next(iter(buffers))!r}; what changed in them is "
+                "not shipped. Give the base, or its snapshot with buffers",
+                stacklevel=2,
+            )
+        buffers = {}
+    changed, moved = {}, {}
+    for name, tensor in {**compared, **buffers}.items():
+        start = before.get(name)
+        if start is None or start.shape != tensor.shape or start.dtype != tensor.dtype:
+            raise ValueError(
+                f"base has no {name!r} of shape {tuple(tensor.shape)} and {tensor.dtype}"
+            )
+        if start.is_meta or tensor.is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device (offloaded?), which holds no values; load the "
+                "whole model first"
+            )
+        flat = after(name, tensor)
+        where = (bits(flat) != bits(start.cpu()).reshape(-1)).nonzero().squeeze(1)
+        if name in buffers:
+            moved |= {name: flat.reshape(tensor.shape)} if len(where) else {}
+        else:
+            changed[name] = where, flat[where]
+    heads = {
+        name: after(name, p).reshape(p.shape)
+        for name, p in head_weights(tuned, head).items()
+        if name not in own
+    }
+    total = sum(p.numel() for name, p in weights(tuned, head).items() if name not in own)
+    return assemble(
+        tuned,
+        lambda name, where: at(before[name], where),
+        changed,
+        heads,
+        moved,
+        method=method,
+        total=total if training is None else training.total,
+        base=base if isinstance(base, nn.Module) else tuned,
+        small=adapters(tuned),
+    )
+
+
+def assemble(
+    model: nn.Module,
+    start: Callable[[str, Tensor | None], Tensor],
+    changed: Mapping[str, tuple[Tensor, Tensor]],
+    head: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    *,
+    method: str,
+    total: int,
+    base: nn.Module | None = None,
+    small: Mapping[str, Any] | None = None,
+) -> Delta:
+    """The delta of values that are known to have changed.
+
+    Parameters
+    ----------
+    model
+        A model of the base's names, shapes and dtypes.
+    start
+        ``(name, positions or None for all) -> the base's values``, on the CPU, flat.
+    changed
+        ``{name: (sorted positions, values)}``, outside the head; none where nothing changed.
+    head, buffers
+        ``{name: tensor}`` on the CPU, whole.
+    method, total
+        For the metadata: how it was tuned, and how many candidates there were.
+    base
+        The model that says what the base is; default `model`.
+    small
+        ``{weight name: small module}``.
+
+    Raises
+    ------
+    ValueError
+        If nothing changed and there is no head, or a small module cannot be stored.
+    """
+    tensors, small, tied = tensors_of(model), small or {}, ties(model)
     for name, module in small.items():
         if module.kind not in KINDS:
             raise ValueError(
                 f"tuned has a small module of kind {module.kind!r} at {name!r}; merge it first"
             )
-        if any(p.dtype != tuned.get_parameter(name).dtype for p in module.parameters()):
+        if any(p.dtype != tensors[name].dtype for p in module.parameters()):
             raise ValueError(
                 f"tuned has a small module of another dtype than {name!r}; convert the whole model"
             )
-    candidates = {name: p for name, p in weights(tuned, head).items() if name not in own}
-    heads = {name: _copy(p) for name, p in head_weights(tuned, head).items() if name not in own}
-    changed = {}
-    for name, after in candidates.items():
-        if (
-            name not in before
-            or before[name].shape != after.shape
-            or before[name].dtype != after.dtype
-        ):
-            raise ValueError(
-                f"base has no {name!r} of shape {tuple(after.shape)} and {after.dtype}"
-            )
-        flat = after.detach().reshape(-1).cpu()
-        where = (bits(flat) != bits(before[name].cpu()).reshape(-1)).nonzero().squeeze(1)
-        changed[name] = where, flat[where]
-    if not (heads or small or any(len(where) for where, _ in changed.values())):
-        raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
-    total = sum(p.numel() for p in candidates.values())
-    return assemble(before, changed, heads, small, method=method, total=total)
-
-
-def assemble(
-    base: Mapping[str, Tensor],
-    changed: Mapping[str, tuple[Tensor, Tensor]],
-    head: dict[str, Tensor],
-    small: Mapping[str, Any],
-    *,
-    method: str,
-    total: int,
-) -> Delta:
-    """The delta of changed values, ``{name: (sorted positions, values)}``, a head, and small modules, to a base."""
     positions, values, dense = {}, {}, {}
     for name, (where, new) in changed.items():
-        size = base[name].numel()
+        size = tensors[name].numel()
         if len(where) == size:
-            dense[name] = new.reshape(base[name].shape)
+            dense[name] = new.reshape(tensors[name].shape)
         elif len(where):
-            positions[name], values[name] = where.to(_index_dtype(size)), new
-    stored = {name: {**base, **head}[name] for name in (*positions, *dense, *head, *small)}
+            positions[name], values[name] = where.to(index_dtype(size)), new
+    if not (values or dense or head or buffers or small):
+        raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
+    modules = {
+        name: {piece: p.detach().cpu().clone() for piece, p in module.named_parameters()}
+        for name, module in small.items()
+    }
+    stored = dict.fromkeys((*values, *dense, *head, *buffers, *small))
     metadata: dict[str, Any] = {
-        "version": 2 if small else 1,
+        "encoding": "flat",
+        "library": library_version(),
+        "base": base_of(model if base is None else base),
         "method": method,
         "total": total,
-        "shapes": {name: list(p.shape) for name, p in stored.items()},
-        "dtypes": {name: str(p.dtype) for name, p in stored.items()},
+        "shapes": {name: list(tensors[name].shape) for name in stored},
+        "ties": {name: tied[name] for name in stored if name in tied},
     }
+    delta = Delta(positions, values, dense, head, metadata, modules, buffers)
+    rounded = {
+        name: str(tensors[name].dtype)
+        for name, (_, new) in delta.replaced().items()
+        if new.dtype != tensors[name].dtype
+    }
+    metadata |= {"rounds_to": rounded} if rounded else {}
     if small:
-        metadata["modules"] = {
-            name: {"kind": module.kind, "rank": module.rank} for name, module in small.items()
-        }
-    modules = {
-        name: {part: _copy(p) for part, p in m.named_parameters()} for name, m in small.items()
-    }
-    delta = Delta(positions, values, dense, head, metadata, modules)
-    replaced = {
-        name: _at(base[name], where)
-        for name, (where, _) in delta._replaced().items()
-        if name not in head
-    }
-    metadata["fingerprint"] = delta._fingerprint(base, replaced)
+        specs = {name: {"kind": m.kind, "rank": m.rank} for name, m in small.items()}
+        metadata[MODULES] = specs
+    metadata["k"] = delta.count
+    replaced = delta.replaced()
+    metadata["fingerprints"] = [
+        fingerprint(
+            start(name, replaced[name][0]) if name in replaced else None,
+            delta._sampled(name, start),
+        )
+        for name in body_of(delta.parts)
+    ]
     return delta
 
 
 def load(path: str | os.PathLike) -> Delta:
-    """Read a delta file and check all of it: checksum, version, names, shapes, dtypes, and every position.
+    """Read a delta file and check all of it: checksum, names, shapes, dtypes, every position.
 
     Raises
     ------
     DeltaError
         If anything is wrong with the file; it says what.
     """
-    tensors, metadata = read(path)
-    version = metadata.get("version")
-    if type(version) is not int or version not in VERSIONS:
-        raise DeltaError(f"{path} has format version {version}, this library reads {(*VERSIONS,)}")
-    if version == 1:  # it knows no modules: what its metadata say of them has no meaning
-        metadata.pop("modules", None)
-    delta, small, stream = Delta({}, {}, {}, {}, metadata), dict[str, Tensor](), dict[str, Tensor]()
-    parts = {VALUES: delta.values, DENSE: delta.dense, HEAD: delta.head}
-    parts |= {GAPS: stream} if version == 3 else {POSITIONS: delta.positions}
-    parts |= {MODULES: small} if version >= 2 else {}
-    for key, tensor in tensors.items():
-        prefix = next((p for p in parts if key.startswith(p)), None)
-        if prefix is None:
-            raise DeltaError(f"{path} holds an unknown tensor {key!r}")
-        parts[prefix][key.removeprefix(prefix)] = tensor
-    for key, tensor in small.items():
-        name, _, part = key.rpartition("/")
-        delta.modules.setdefault(name, {})[part] = tensor
-    try:
-        if version == 3:
-            metadata["dtypes"] = {name: str(tensor.dtype) for name, tensor in delta._named()}
-        _check_metadata(delta)
-        if version == 3:
-            _unpack(delta, stream)
-        _check(delta)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
-    return delta
-
-
-def _unpack(delta: Delta, stream: Mapping[str, Tensor]) -> None:
-    """Put the positions of a stream of gaps into a delta, checked, each in the dtype that `diff` gives it."""
-    names = sorted(delta.values)
-    if (
-        set(stream) != {""}
-        or stream[""].dtype != torch.uint8
-        or any(v.dim() != 1 for v in delta.values.values())
-    ):
-        raise DeltaError("delta's gaps must be one stream of bytes, for vectors of values")
-    try:
-        positions = unpack(stream[""], [len(delta.values[name]) for name in names])
-    except ValueError as error:
-        raise DeltaError(f"delta's gaps do not fit its values: {error}") from None
-    for name, index in zip(names, positions, strict=True):
-        size = prod(delta.metadata["shapes"][name])
-        _check_positions(name, index, size)
-        delta.positions[name] = index.to(_index_dtype(size))
-
-
-def _check_positions(name: str, index: Tensor, size: int) -> None:
-    if not increasing(index, size):
-        raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
-
-
-def _check_metadata(delta: Delta) -> None:
-    for key, kind in (
-        ("fingerprint", str),
-        ("method", str),
-        ("total", int),
-        ("shapes", dict),
-        ("dtypes", dict),
-    ):
-        if type(delta.metadata[key]) is not kind:
-            raise DeltaError(
-                f"delta's {key} is a {type(delta.metadata[key]).__name__}, not a {kind.__name__}"
-            )
-    for name, shape in delta.metadata["shapes"].items():
-        if type(shape) is not list or not all(
-            type(size) is int and 0 <= size < 2**63 for size in shape
-        ):
-            raise DeltaError(f"delta's shape of {name!r} is {shape}")
-
-
-def _check(delta: Delta) -> None:
-    shapes, dtypes = delta.metadata["shapes"], delta.metadata["dtypes"]
-    stored = [*delta.values, *delta.dense, *delta.head]
-    unique = set(delta.positions) == set(delta.values) and len(set(stored)) == len(stored)
-    if not unique or {*stored, *delta.modules} != set(shapes):
-        raise DeltaError("delta's tensors and its metadata do not name the same parameters")
-    for name, (index, values) in delta._replaced().items():
-        if index is None:
-            if list(values.shape) != shapes[name]:
-                raise DeltaError(
-                    f"delta's {name!r} has shape {list(values.shape)}, its metadata say {shapes[name]}"
-                )
-            continue
-        if (
-            index.dtype not in (torch.int32, torch.int64)
-            or index.dim() != 1
-            or index.shape != values.shape
-        ):
-            raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
-        _check_positions(name, index, prod(shapes[name]))
-    for name, tensor in delta._named():
-        if str(tensor.dtype) != dtypes[name] or not tensor.is_floating_point():
-            raise DeltaError(f"delta's {name!r} is {tensor.dtype}, its metadata say {dtypes[name]}")
-    _check_modules(delta)
-
-
-def _check_modules(delta: Delta) -> None:
-    """A small module has the parts that its kind and rank say, for a matrix of this shape or its transpose."""
-    metadata, shapes = delta.metadata, delta.metadata["shapes"]
-    specs = metadata["modules"] if metadata["version"] == 2 else metadata.get("modules", {})
-    if set(specs) != set(delta.modules):
-        raise DeltaError("delta's small modules and its metadata do not name the same parameters")
-    for name, spec in specs.items():
-        kind, rank, shape = spec["kind"], spec["rank"], shapes[name]
-        known = kind in KINDS and type(rank) is int and len(shape) == 2 and 1 <= rank <= min(shape)
-        if not known or not any(
-            _fits(delta.modules[name], spec, *sizes) for sizes in (shape, shape[::-1])
-        ):
-            raise DeltaError(
-                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
-            )
-
-
-def _fits(parts: Mapping[str, Tensor], spec: Mapping[str, Any], d_in: int, d_out: int) -> bool:
-    """Whether these are the tensors of a small module of this kind and rank, for a layer from `d_in` to `d_out`."""
-    found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-    return found == part_shapes(spec["kind"], d_in, d_out, spec["rank"])
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
-
-
-def _at(tensor: Tensor, positions: Tensor | None = None) -> Tensor:
-    """A copy on the CPU of a tensor's values at flat positions, or of all of them."""
-    flat = tensor.detach().reshape(-1)
-    return (
-        _copy(flat)
-        if positions is None
-        else flat.index_select(0, positions.to(tensor.device)).cpu()
-    )
-
-
-def _index_dtype(size: int) -> torch.dtype:
-    return torch.int32 if size < 2**31 else torch.int64
+    return Delta(**decode(path))

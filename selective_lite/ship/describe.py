@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from .delta import DENSE, HEAD, MODULES, POSITIONS, VALUES, VERSIONS, Delta, load
+from torch import Tensor
+
+from ..names import layer_of
+from .delta import Delta, load
+from .file import MODULES, flat_names
+
+LABELS = 8  # how many a line has room for
 
 
 def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
-    """A page about a delta or a delta file: method, counts, bytes, encoding, fullest tensors, layers, head, modules.
+    """A page about a delta or its file: base, labels, budget, bytes, fullest tensors, layers.
 
     Parameters
     ----------
     delta
         A delta, or the path of its file, which is checked as by `load`.
     tensors
-        How many of the tensors with the largest replaced share to list.
+        Number of tensors to list, those with the largest replaced share.
 
     Returns
     -------
@@ -32,38 +39,40 @@ def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
         If the file is damaged.
     """
     path, delta = (None, delta) if isinstance(delta, Delta) else (Path(delta), load(delta))
-    metadata, version = delta.metadata, delta.metadata["version"]
-    counts = {
-        name: values.numel() for name, values in (*delta.values.items(), *delta.dense.items())
-    }
+    metadata = delta.metadata
+    replaced = {**delta.values, **delta.dense}
+    counts = {name: values.numel() for name, values in replaced.items()}
     k, total = sum(counts.values()), metadata["total"]
-    small = Counter(
-        f"{spec['kind']} of rank {spec['rank']}" for spec in metadata.get("modules", {}).values()
-    )
+    small = Counter(f"{s['kind']} of rank {s['rank']}" for s in metadata.get(MODULES, {}).values())
     stored = f", file {path.stat().st_size:,} bytes" if path else ""
-    shares = sorted(
-        ((count / prod(metadata["shapes"][name]), name) for name, count in counts.items()),
-        reverse=True,
-    )
+    sizes = {name: prod(metadata["shapes"][name]) for name in counts}
+    shares = sorted(((counts[name] / sizes[name], name) for name in counts), reverse=True)
     layers = Counter[str]()
     for name, count in counts.items():
-        layers[_layer(name)] += count
+        number = layer_of(name)
+        layers["outside" if number is None else str(number)] += count
+    dtypes = {delta.base_dtype(name) for name in metadata["shapes"] if name not in delta.buffers}
+    precise = " (stored as torch.float32)" if metadata.get("rounds_to") else ""
+    parts = ", ".join(f"{part} {size:,}" for part, size in _bytes(delta).items() if size)
     lines = [
+        f"base         {_base(metadata['base'])}",
+        f"labels       {_labels(metadata['base'])}",
         f"method       {metadata['method'] or 'not said'}",
-        f"replaced     {k:,} of {total:,} weights{_percent(k, total)}, in {len(counts)} tensors, "
+        f"budget       {k:,} of {total:,} weights{_percent(k, total)}, in {len(counts)} tensors, "
         f"{len(delta.dense)} of them whole",
-        f"head         {_amount(delta.head)}",
+        f"head         {_amount(delta.head, 'weights')}",
         f"modules      {', '.join(f'{count} x {kind}' for kind, count in small.items()) or 'none'}",
-        f"dtypes       {', '.join(sorted(set(metadata['dtypes'].values())))}",
-        f"in memory    {', '.join(f'{part} {size:,}' for part, size in _bytes(delta).items() if size)} bytes",
-        f"encoding     {VERSIONS[version]}, format version {version}{stored}",
-        f"base         {metadata['fingerprint'][:12]}, the fingerprint at the replaced positions",
+        f"buffers      {_amount(delta.buffers, 'numbers')}",
+        f"dtypes       {', '.join(sorted(dtypes)) or 'none'}{precise}",
+        f"in memory    {parts} bytes",
+        f"encoding     {metadata['encoding']}{stored}",
+        f"library      selective_lite {metadata['library']}",
     ]
     if counts:
         width = max(len(name) for _, name in shares[:tensors])
         lines += ["", "fullest tensors"]
         lines += [
-            f"  {name:{width}}  {counts[name]:>11,} of {prod(metadata['shapes'][name]):>11,}  {share:8.3%}"
+            f"  {name:{width}}  {counts[name]:>11,} of {sizes[name]:>11,}  {share:8.3%}"
             for share, name in shares[:tensors]
         ]
         lines += ["", "layers"] + [
@@ -73,10 +82,16 @@ def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
 
-def _layer(name: str) -> str:
-    """The layer that a weight is in: the first number in its name."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return found[1] if found else "outside"
+def _base(base: Mapping[str, Any]) -> str:
+    kind = ", ".join(str(base[key]) for key in ("class", "dtype") if key in base)
+    commit = f", revision {base['revision']}" if "revision" in base else ""
+    return f"{base.get('name_or_path', 'not said')} ({kind}){commit}"
+
+
+def _labels(base: Mapping[str, Any]) -> str:
+    names = [str(label) for label in base.get("id2label", {}).values()]
+    more = f", ... ({len(names):,})" if len(names) > LABELS else ""
+    return ", ".join(names[:LABELS]) + more or "none"
 
 
 def _order(layer: str) -> tuple[int, str]:
@@ -87,17 +102,14 @@ def _percent(k: int, total: int) -> str:
     return f" ({k / total:.3%})" if total > 0 else ""
 
 
-def _amount(head: dict) -> str:
-    return (
-        f"{sum(t.numel() for t in head.values()):,} weights: {', '.join(sorted(head))}"
-        if head
-        else "none"
-    )
+def _amount(part: Mapping[str, Tensor], unit: str) -> str:
+    count = sum(tensor.numel() for tensor in part.values())
+    return f"{count:,} {unit}: {', '.join(sorted(part))}" if part else "none"
 
 
 def _bytes(delta: Delta) -> dict[str, int]:
     """Bytes of each part."""
-    found = dict.fromkeys((POSITIONS, VALUES, DENSE, HEAD, MODULES), 0)
-    for key, tensor in delta._tensors().items():
-        found[key[: key.index("/") + 1]] += tensor.numel() * tensor.element_size()
-    return {part.rstrip("/"): size for part, size in found.items()}
+    found = dict.fromkeys(delta.parts, 0)
+    for key, tensor in flat_names(delta.parts).items():
+        found[key.partition("/")[0]] += tensor.numel() * tensor.element_size()
+    return found

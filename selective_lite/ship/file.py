@@ -1,4 +1,8 @@
-"""Container: named tensors and metadata as a safetensors file with a SHA-256 over both, written whole or not at all."""
+"""File: a delta as safetensors with a SHA-256 over all of it; written whole, checked before use.
+
+Everything that a file says is checked here, since anyone may have written it: names, shapes,
+dtypes, positions. What only a model can tell (whether it is the base) is checked in `base`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,35 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
+
+from ..layers.small import KINDS, part_shapes
+from .positions import increasing, pack, unpack
+
+Encoding = Literal["flat", "gap-lzma"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+PARTS = ("positions", "values", "dense", "head", "buffers")  # of `Delta`, {name: tensor} each
+MODULES, GAPS = "modules", "gaps"
+HALVES = ("torch.float16", "torch.bfloat16")
+KEYS = {
+    "method": str,
+    "library": str,
+    "k": int,
+    "total": int,
+    "base": dict,
+    "shapes": dict,
+    "ties": dict,
+    "fingerprints": list,
+}
 
 
 class DeltaError(ValueError):
@@ -26,7 +50,8 @@ def write(
 ) -> None:
     """Write the file in place of what was there; `metadata` must be JSON-able."""
     path, text = Path(path), json.dumps(metadata, sort_keys=True)
-    content = save_bytes(dict(tensors), {"selective_lite": text, "sha256": digest(text, tensors)})
+    header = {"selective_lite": text, "sha256": digest(text, tensors)}
+    content = _ordered(save_bytes(dict(tensors), header))
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(content)
@@ -36,6 +61,18 @@ def write(
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in any, so that equal
+    deltas would not be equal files.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,7 +90,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         text = header["selective_lite"]
         found, metadata = digest(text, tensors), json.loads(text)
         if not isinstance(metadata, dict):
-            raise TypeError("metadata is no object")
+            raise TypeError("metadata must be an object")
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DeltaError(f"{path} is no delta file, or a damaged one: {error}") from None
     if found != header.get("sha256"):
@@ -62,7 +99,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over a text and named tensors: names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 over a text and named tensors (names, dtypes, shapes, bytes), in order of names."""
     found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -72,7 +109,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers of its element size, so that zeros of both signs differ and NaNs compare."""
+    """A tensor's bits as integers, so that zeros of both signs differ and NaNs compare."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(integers[tensor.element_size()])
 
@@ -80,3 +117,204 @@ def bits(tensor: Tensor) -> Tensor:
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, row-major; of a tensor on the CPU without a copy."""
     return bits(tensor.cpu()).reshape(-1).numpy().data
+
+
+def flat_names(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A delta's tensors by the names they have in a flat file, such as ``"values/encoder.weight"``.
+
+    Parameters
+    ----------
+    parts
+        ``{part: {name: tensor}}`` for the `PARTS`, and ``modules``, ``{name: {part: tensor}}``.
+    """
+    named = {f"{part}/{name}": t for part in PARTS for name, t in parts[part].items()}
+    for name, small in parts[MODULES].items():
+        named |= {f"{MODULES}/{name}/{part}": t for part, t in small.items()}
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def encode(
+    path: str | os.PathLike, parts: Mapping[str, Any], metadata: dict, encoding: Encoding
+) -> None:
+    """Write a delta's parts; arguments and errors as `Delta.save`."""
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding={encoding!r} is unknown; choose one of {ENCODINGS}")
+    tensors = flat_names(parts)
+    if encoding == "gap-lzma":
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("positions/")}
+        tensors[GAPS] = pack([parts["positions"][name] for name in sorted(parts["values"])])
+    write(path, tensors, {**metadata, "encoding": encoding})
+
+
+def decode(path: str | os.PathLike) -> dict[str, Any]:
+    """The parts and ``metadata`` of a delta file, all of it checked; errors as `load`."""
+    tensors, metadata = read(path)
+    encoding = metadata.get("encoding")
+    if encoding not in ENCODINGS:
+        raise DeltaError(f"{path} has encoding {encoding!r}, this library reads {ENCODINGS}")
+    stream = tensors.pop(GAPS, None) if encoding == "gap-lzma" else None
+    known = PARTS[1:] if encoding == "gap-lzma" else PARTS
+    parts: dict[str, Any] = {part: {} for part in (*PARTS, MODULES)}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        if part == MODULES:
+            name, _, piece = name.rpartition("/")
+            parts[MODULES].setdefault(name, {})[piece] = tensor
+        elif part in known and name:
+            parts[part][name] = tensor
+        else:
+            raise DeltaError(f"{path} holds an unknown tensor {key!r}")
+    try:
+        _check_metadata(metadata)
+        _check_names(parts, metadata)
+        if encoding == "gap-lzma":
+            _unpack(parts, metadata["shapes"], stream)
+        _check_tensors(parts, metadata)
+        _check_modules(parts[MODULES], metadata)
+        if metadata["k"] != count(parts):
+            raise DeltaError(f"{path} says {metadata['k']} weights, it holds {count(parts)}")
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
+    return {**parts, "metadata": metadata}
+
+
+def replaced_by(parts: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+    """What replaces a base's values: (name, positions or None for the whole tensor, new values)."""
+    for name, values in parts["values"].items():
+        yield name, parts["positions"][name], values
+    for part in ("dense", "head", "buffers"):
+        yield from ((name, None, tensor) for name, tensor in parts[part].items())
+
+
+def body_of(parts: Mapping[str, Any]) -> list[str]:
+    """The sorted names of the base's tensors that a delta has a part of, its head left out."""
+    return sorted({*parts["values"], *parts["dense"], *parts["buffers"], *parts[MODULES]})
+
+
+def index_dtype(size: int) -> torch.dtype:
+    """The dtype of positions in a tensor of this many values."""
+    return torch.int32 if size < 2**31 else torch.int64
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    for key, kind in KEYS.items():
+        if type(metadata[key]) is not kind:
+            found = type(metadata[key]).__name__
+            raise DeltaError(f"delta's {key} is a {found}, not a {kind.__name__}")
+    for name, shape in metadata["shapes"].items():
+        if type(shape) is not list or not all(
+            type(size) is int and 0 <= size < 2**63 for size in shape
+        ):
+            raise DeltaError(f"delta's shape of {name!r} is {shape}")
+    texts = [
+        *metadata["fingerprints"],
+        *(n for others in metadata["ties"].values() for n in others),
+    ]
+    if not all(type(others) is list for others in metadata["ties"].values()) or not all(
+        type(text) is str for text in texts
+    ):
+        raise DeltaError("delta's ties and fingerprints must be lists of texts")
+    for key, value in metadata["base"].items():
+        labels = value.items() if key == "id2label" and type(value) is dict else None
+        fine = (
+            type(value) in (str, int)
+            if labels is None
+            else all(number.isdecimal() and type(label) is str for number, label in labels)
+        )
+        if not fine:
+            raise DeltaError(f"delta's {key} of the base is {value!r:.80}")
+
+
+def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    stored = [*parts["values"], *parts["dense"], *parts["head"], *parts["buffers"]]
+    known, body = {*stored, *parts[MODULES]}, body_of(parts)
+    if (
+        len(set(stored)) != len(stored)
+        or known != set(metadata["shapes"])
+        or not {*metadata["ties"], *metadata.get("rounds_to", {})} <= known
+        or len(metadata["fingerprints"]) != len(body)
+    ):
+        raise DeltaError("delta's tensors and its metadata do not name the same parameters")
+
+
+def _unpack(parts: Mapping[str, Any], shapes: Mapping[str, Any], stream: Tensor | None) -> None:
+    """Put the positions of a stream of gaps into the parts, checked, in the dtype of `diff`."""
+    names = sorted(parts["values"])
+    if (
+        stream is None
+        or stream.dtype != torch.uint8
+        or any(v.dim() != 1 for v in parts["values"].values())
+    ):
+        raise DeltaError("delta's gaps must be one stream of bytes, for vectors of values")
+    try:
+        positions = unpack(stream, [len(parts["values"][name]) for name in names])
+    except ValueError as error:
+        raise DeltaError(f"delta's gaps do not fit its values: {error}") from None
+    for name, index in zip(names, positions, strict=True):
+        size = prod(shapes[name])
+        _check_positions(name, index, size)
+        parts["positions"][name] = index.to(index_dtype(size))
+
+
+def _check_positions(name: str, index: Tensor, size: int) -> None:
+    if not increasing(index, size):
+        raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
+
+
+def _check_tensors(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    shapes, rounds_to = metadata["shapes"], metadata.get("rounds_to", {})
+    if set(parts["positions"]) != set(parts["values"]):
+        raise DeltaError("delta's tensors and its metadata do not name the same parameters")
+    for name, index, values in replaced_by(parts):
+        if index is None:
+            if list(values.shape) != shapes[name]:
+                raise DeltaError(
+                    f"delta's {name!r} has shape {list(values.shape)}, its metadata say "
+                    f"{shapes[name]}"
+                )
+            continue
+        if (
+            index.dtype not in (torch.int32, torch.int64)
+            or index.dim() != 1
+            or index.shape != values.shape
+        ):
+            raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
+        _check_positions(name, index, prod(shapes[name]))
+    floats = [(name, t) for name, _, t in replaced_by(parts) if name not in parts["buffers"]]
+    small = [(name, t) for name, pieces in parts[MODULES].items() for t in pieces.values()]
+    for name, tensor in floats + small:
+        if not tensor.is_floating_point():
+            raise DeltaError(f"delta's {name!r} is {tensor.dtype}; weights are floating point")
+        if name in rounds_to and (rounds_to[name] not in HALVES or tensor.dtype != torch.float32):
+            raise DeltaError(f"delta's {name!r} is {tensor.dtype} for {rounds_to[name]!r} weights")
+
+
+def count(parts: Mapping[str, Any]) -> int:
+    """Number of replaced weights outside the head, and of the small modules' weights."""
+    tensors = [*parts["values"].values(), *parts["dense"].values()]
+    small = [tensor for pieces in parts[MODULES].values() for tensor in pieces.values()]
+    return sum(tensor.numel() for tensor in (*tensors, *small))
+
+
+def _check_modules(modules: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Small modules have the parts that kind and rank say, for a matrix or its transpose."""
+    specs, shapes = metadata.get(MODULES, {}), metadata["shapes"]
+    if set(specs) != set(modules):
+        raise DeltaError("delta's small modules and its metadata do not name the same parameters")
+    for name, spec in specs.items():
+        kind, rank, shape = spec["kind"], spec["rank"], shapes[name]
+        known = kind in KINDS and type(rank) is int and len(shape) == 2 and 1 <= rank <= min(shape)
+        if not known or not any(
+            fits(modules[name], spec, *sizes) for sizes in (shape, shape[::-1])
+        ):
+            raise DeltaError(
+                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
+            )
+        if len({tensor.dtype for tensor in modules[name].values()}) > 1:
+            raise DeltaError(f"delta's small module of {name!r} has several dtypes")
+
+
+def fits(pieces: Mapping[str, Tensor], spec: Mapping[str, Any], d_in: int, d_out: int) -> bool:
+    """Whether these are the tensors of a small module of this kind and rank for such a layer."""
+    found = {piece: tuple(tensor.shape) for piece, tensor in pieces.items()}
+    return found == part_shapes(spec["kind"], d_in, d_out, spec["rank"])

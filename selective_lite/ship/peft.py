@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..params import owners
+from ..params import owners, unwrap
 from .delta import Delta
 
 
@@ -26,7 +27,7 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     Parameters
     ----------
     delta
-        Without dense tensors and small modules.
+        Delta without dense tensors, buffers and small modules.
     base
         The model that it was made from; it is not changed.
     folder
@@ -40,18 +41,20 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     ValueError
         If something does not fit, says what; nothing is written.
     """
-    if delta.dense or delta.modules or not delta.values:
-        what = [*delta.dense, *delta.modules]
+    if delta.dense or delta.modules or delta.buffers or not delta.values:
+        what = [*delta.dense, *delta.modules, *delta.buffers]
         raise ValueError(
             f"SHiRA holds single weights of nn.Linear only; this delta has {what[0] if what else 'none'!r}"
         )
-    original, places, named = delta.base_values(base), owners(base), dict(base.named_modules())
+    base = unwrap(base)
+    names, original = delta.check(base)
+    own, places, named = names.found, owners(base), dict(base.named_modules())
     paths = {module: path for path, module in named.items()}
     layers: dict[str, tuple[str, nn.Linear]] = {}
     for name in delta.values:
-        layer, attribute = places[name][0]
-        if len(places[name]) > 1 or attribute != "weight" or type(layer) is not nn.Linear:
-            kinds = " and a ".join(type(owner).__name__ for owner, _ in places[name])
+        layer, attribute = places[own[name]][0]
+        if len(places[own[name]]) > 1 or attribute != "weight" or type(layer) is not nn.Linear:
+            kinds = " and a ".join(type(owner).__name__ for owner, _ in places[own[name]])
             raise ValueError(
                 f"SHiRA holds weights of one nn.Linear each; {name!r} is {attribute} of a {kinds}"
             )
@@ -67,17 +70,21 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
                 f"which has {layer.weight.numel()}"
             )
         index, difference = _filled(
-            delta.positions[name].long(), delta.values[name] - original[name], count, layer
+            delta.positions[name].long(),
+            delta.values[name].to(original[name].dtype) - original[name],
+            count,
+            layer,
         )
         rows = torch.stack([index // layer.in_features, index % layer.in_features]).int()
         tensors |= {
             f"base_model.model.{path}.shira_weight": difference,
             f"base_model.model.{path}.shira_indices": rows,
         }
-    heads = sorted({name.rpartition(".")[0] for name in delta.head})
+    head = {own[name]: tensor for name, tensor in delta.head.items() if name in own}
+    heads = sorted({name.rpartition(".")[0] for name in head})
     for path in heads:
-        _check_head(path, named, delta)
-    tensors |= {f"base_model.model.{name}": tensor for name, tensor in delta.head.items()}
+        _check_head(path, named, head)
+    tensors |= {f"base_model.model.{name}": tensor for name, tensor in head.items()}
     config = {
         "peft_type": "SHIRA",
         "r": r,
@@ -102,13 +109,13 @@ def _filled(
     return torch.cat([index, more]), torch.cat([difference, difference.new_zeros(len(more))])
 
 
-def _check_head(path: str, named: dict[str, nn.Module], delta: Delta) -> None:
+def _check_head(path: str, named: dict[str, nn.Module], head: Collection[str]) -> None:
     # peft saves whole modules, and finds them by the end of their path.
     whole = (
         {f"{path}.{name}" for name, _ in named[path].named_parameters()} if path in named else set()
     )
     others = [other for other in named if other.endswith(path) and other != path]
-    if not path or others or not whole <= set(delta.head):
+    if not path or others or not whole <= set(head):
         raise ValueError(
             f"SHiRA's modules_to_save are whole modules with a path of their own; {path!r} is none"
         )

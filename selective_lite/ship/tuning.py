@@ -1,0 +1,257 @@
+"""Tuning: masked training that gives its delta from the values it started with, and resumes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.masked import MaskedTraining
+from ..layers.small import adapter_parameters, adapters
+from ..params import head_weights, named_parameters, weights
+from ..selection import Selection
+from .base import Names, at, tensors_of
+from .delta import Delta, assemble
+from .file import bits, body_of
+
+_said: list[str] = []  # what `masked` has said in this process
+
+
+class Tuning(MaskedTraining):
+    """`MaskedTraining` that ships what it trained, without a second copy of the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        dense: str | Sequence[str] = (),
+        *,
+        head: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        own = adapter_parameters(model)
+        heads = [name for name in head_weights(model, head) if name not in own]
+        total = sum(p.numel() for name, p in weights(model, head).items() if name not in own)
+        super().__init__(model, selection, dense, head=head, **options)
+        self._heads, self.total = heads, total  # the whole head, however its tensors are trained
+
+    def delta(self, method: str | None = None, precise: bool = False) -> Delta:
+        """What training changed so far, or had changed when it was left.
+
+        The file is, to the byte, the one of ``diff(snapshot(model), model, method=method)`` with
+        the snapshot taken before, and the same `head`.
+
+        Parameters
+        ----------
+        method
+            How it was tuned, for the reader of the file; default: the selection's method.
+        precise
+            Store every selected weight, moved or not, and float32 values for half-precision
+            weights: what training needs to `resume`. Applying rounds to the base's dtype.
+
+        Returns
+        -------
+        Delta
+
+        Raises
+        ------
+        ValueError
+            If nothing changed, and there is no head.
+        """
+        start, now, own = self.start(), self.values(precise), adapter_parameters(self.model)
+        tensors = tensors_of(self.model)
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        buffers: dict[str, Tensor] = {}
+        for name, values in now.items():
+            flat = values.reshape(-1)
+            moved = bits(flat) != bits(start[name].to(values.dtype)).reshape(-1)
+            if name not in named_parameters(self.model):
+                buffers |= {name: values} if moved.any() else {}
+            elif name not in own and name not in self._heads:
+                kept = (moved | precise).nonzero().squeeze(1)
+                changed[name] = self._positions(name, kept, tensors), flat[kept]
+        delta = assemble(
+            self.model,
+            self._before,
+            changed,
+            {name: self._whole(name, now, tensors) for name in self._heads},
+            buffers,
+            method=self.selection.method if method is None else method,
+            total=self.total,
+            small=adapters(self.model),
+        )
+        if precise:
+            delta.metadata["complete"] = True
+        return delta
+
+    @torch.no_grad()
+    def resume(self, delta: Delta) -> None:
+        """Continue from a delta: put its values (best of ``delta(precise=True)``) into this training.
+
+        Selected weights that the delta does not have get the values that they started with.
+
+        Parameters
+        ----------
+        delta
+            Made from the same base, in training of the same selection.
+
+        Raises
+        ------
+        ValueError
+            If training was left or has shrunk, the delta is of another selection or head, or is not
+            for this base (a `DeltaError`); it says what differs. Nothing is changed.
+        """
+        if self.closed:
+            raise ValueError("masked training was left; resume inside of it")
+        tensors, start, replaced = tensors_of(self.model), self.start(), delta.replaced()
+        self._check_same(delta, tensors)
+        self._check_selection(delta)
+        body = body_of(delta.parts)
+        found = {name: self._before(name, replaced[name][0]) for name in body if name in replaced}
+        delta.check_base(self._before, found, Names({name: name for name in body}))
+
+        for name, p in self._trained.items():
+            flat = start[name].reshape(-1).to(p.dtype)
+            if name in replaced:
+                where, values = replaced[name]
+                index = self.selection.indices.get(name)
+                if where is None and index is not None:
+                    values = values.reshape(-1)[index]
+                elif where is not None:
+                    where = where.long()
+                    where = where if index is None else torch.searchsorted(index, where)
+                new = values.reshape(-1).to(p.dtype)
+                flat = new if where is None else flat.index_copy(0, where, new)
+            p.copy_(flat.reshape(p.shape))
+        for name, tensor in tensors.items():
+            if name in start and name not in self._trained:
+                tensor.copy_(delta.buffers.get(name, start[name]))
+        for name, module in adapters(self.model).items():
+            module.load_state_dict(delta.modules[name])
+
+    def _positions(self, name: str, kept: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Flat positions in the tensor of these of its values."""
+        index = self.selection.indices.get(name)
+        return kept if index is None or len(index) == tensors[name].numel() else index[kept]
+
+    def _whole(self, name: str, now: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+        """A tensor of the head, however much of it is trained."""
+        tensor = tensors[name]
+        if name in now and now[name].numel() == tensor.numel():
+            return now[name].reshape(tensor.shape)
+        flat = at(tensor)
+        if name in now:
+            flat = flat.to(now[name].dtype).index_copy(0, self.selection.indices[name], now[name])
+        return flat.reshape(tensor.shape)
+
+    def _before(self, name: str, where: Tensor | None) -> Tensor:
+        """The base's values at flat positions of a tensor, or all of them."""
+        tensor, start = tensors_of(self.model)[name], self.start().get(name)
+        if start is None:
+            return at(tensor, where)
+        start = start.reshape(-1)
+        if len(start) == tensor.numel():
+            return at(start, where)
+        index = self.selection.indices[name]
+        if where is not None:
+            own = torch.searchsorted(index, where.long()).clamp(max=len(index) - 1)
+            if torch.equal(index[own], where.long()):
+                return start[own]
+        return at(at(tensor).index_copy(0, index, start), where)
+
+    def _check_same(self, delta: Delta, tensors: Mapping[str, Tensor]) -> None:
+        for name, shape in delta.metadata["shapes"].items():
+            if name not in tensors:
+                raise ValueError(f"delta has {name!r}, the model in training has not")
+            if list(tensors[name].shape) != shape:
+                raise ValueError(
+                    f"delta's {name!r} has shape {shape}, the model in training has "
+                    f"{list(tensors[name].shape)}"
+                )
+        for part, theirs, ours in (
+            ("head", delta.head, self._heads),
+            ("small modules", delta.modules, adapters(self.model)),
+        ):
+            if other := set(theirs) ^ set(ours):
+                raise ValueError(
+                    f"delta and training do not have the same {part}: only one has {min(other)!r}"
+                )
+        for name, p in self._trained.items():
+            if p.numel() != self.start()[name].numel():
+                raise ValueError(f"training of {name!r} has shrunk since it began; start it anew")
+
+    def _check_selection(self, delta: Delta) -> None:
+        remedy = "resume with the same selection: masked(model, delta.selection(model))"
+        replaced, complete = delta.replaced(), delta.metadata.get("complete", False)
+        trained = [n for n in self._trained if n not in self._heads and n not in delta.buffers]
+        own = adapter_parameters(self.model)
+        for name in (*delta.values, *delta.dense):
+            if name not in trained:
+                raise ValueError(
+                    f"delta is of another selection: {name!r} is not trained; {remedy}"
+                )
+        for name in trained:
+            size = tensors_of(self.model)[name].numel()
+            index = self.selection.indices.get(name, torch.arange(size, device="cpu"))
+            where = replaced[name][0] if name in replaced else torch.empty(0, dtype=torch.int64)
+            where = torch.arange(size, device="cpu") if where is None else where
+            shared = int(torch.isin(index, where.long(), assume_unique=True).sum())
+            if shared < len(where) or (complete and name not in own and shared < len(index)):
+                raise ValueError(
+                    f"delta is of another selection: it has {len(where):,} weights of {name!r}, "
+                    f"training has {len(index):,}, they share {shared:,}; {remedy}"
+                )
+
+
+def masked(
+    model: nn.Module,
+    selection: Selection,
+    dense: str | Sequence[str] = (),
+    *,
+    head: Sequence[str] | None = None,
+    shrinks: bool = False,
+    sampled: bool = True,
+    allow_unused: bool | None = None,
+) -> Tuning:
+    """Train only a selection and the task head; the first call in a process prints what is trained.
+
+    Arguments and errors as of `MaskedTraining`.
+
+    Returns
+    -------
+    Tuning
+        A context manager: leaving it restores an ordinary model. ``tuning.delta()`` is what to
+        ship, inside or after.
+
+    Examples
+    --------
+    >>> selection = select(squared_gradient(model, batches), 0.005)
+    >>> with masked(model, selection) as tuning:
+    ...     trainer.train()
+    >>> tuning.delta().save("task.safetensors")
+    """
+    tuning = Tuning(
+        model,
+        selection,
+        dense,
+        head=head,
+        shrinks=shrinks,
+        sampled=sampled,
+        allow_unused=allow_unused,
+    )
+    if not _said:
+        _said.append(_words(tuning))
+        print(_said[0], flush=True)
+    return tuning
+
+
+def _words(tuning: Tuning) -> str:
+    named = named_parameters(tuning.model)
+    size = sum(named[name].numel() for name in tuning.head_names)
+    head = f"its head whole ({', '.join(tuning.head_names)}: {size:,} weights)"
+    return (
+        f"selective_lite trains {tuning.selection.count:,} of {tuning.total:,} weights of this "
+        f"{type(tuning.model).__name__}, and {head if size else 'no head: none was found or named'}"
+    )
