@@ -1,4 +1,4 @@
-"""Hard-Concrete gates: a gate z in [0, 1] that is exactly 0 or 1 with positive probability, and has a gradient.
+"""Hard-Concrete gates z in [0, 1]: exactly 0 or 1 with positive probability, with a gradient.
 
 Source: Louizos, Welling and Kingma 2018, "Learning sparse neural networks through L0
 regularization".
@@ -17,7 +17,7 @@ EPS = 1e-6  # u is kept in [EPS, 1 - EPS], as in the authors' code: log u must b
 
 
 def check_stretch(stretch: Stretch) -> None:
-    """Raise a `ValueError` unless l < 0 and r > 1: only then are 0 and 1 reached with positive probability."""
+    """Raise a `ValueError` unless l < 0 and r > 1: only then can a gate be exactly 0 or 1."""
     left, right = stretch
     if not (left < 0 and right > 1):
         raise ValueError(f"stretch={tuple(stretch)} must have l < 0 and r > 1, e.g. (-0.1, 1.1)")
@@ -73,7 +73,10 @@ def hard_concrete(
 def open_probability(
     log_alpha: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1)
 ) -> Tensor:
-    """P(z != 0), the expected L0 norm in closed form (Louizos et al. 2018, eq. 12); arguments as `hard_concrete`."""
+    """P(z != 0), the expected L0 norm in closed form (Louizos et al. 2018, eq. 12).
+
+    Arguments and errors as in `hard_concrete`.
+    """
     check_stretch(stretch)
     _check_beta(beta)
     left, right = stretch
@@ -90,16 +93,29 @@ def deterministic_gate(log_alpha: Tensor, *, stretch: Stretch = (-0.1, 1.1)) -> 
 
 
 class HardConcrete(nn.Module):
-    """A tensor of gates with a trainable location: noisy in training mode, deterministic in evaluation mode.
+    """Gates with a trainable location: noisy in training mode, deterministic in evaluation mode.
 
     Parameters
     ----------
     shape
         Shape of the gates.
-    beta, stretch
+    beta, stretch, eps
         As in `hard_concrete`.
     log_alpha
         Initial location of every gate.
+    dtype, device
+        Of `log_alpha`; default: torch's defaults.
+
+    Raises
+    ------
+    ValueError
+        If `stretch` or `beta` is outside its range.
+
+    Examples
+    --------
+    >>> gates = HardConcrete((2, 3), log_alpha=2.0).eval()
+    >>> gates().shape
+    torch.Size([2, 3])
     """
 
     def __init__(
@@ -108,21 +124,36 @@ class HardConcrete(nn.Module):
         *,
         beta: float = 2 / 3,
         stretch: Stretch = (-0.1, 1.1),
+        eps: float = EPS,
         log_alpha: float = 0.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         check_stretch(stretch)
         _check_beta(beta)
-        self.beta, self.stretch = beta, stretch
-        self.log_alpha = nn.Parameter(torch.full(tuple(shape), float(log_alpha)))
+        self.beta, self.stretch, self.eps = beta, stretch, eps
+        start = torch.full(tuple(shape), float(log_alpha), dtype=dtype, device=device)
+        self.log_alpha = nn.Parameter(start)
 
     def forward(self, generator: torch.Generator | None = None) -> Tensor:
-        """The gates: a sample (noise from `generator`, a CPU generator) in training mode, else `deterministic_gate`."""
+        """The gates, a tensor like `log_alpha`; in training mode a sample.
+
+        Parameters
+        ----------
+        generator
+            CPU generator of the noise, so that a seed gives the same gates on every device;
+            default: torch's own.
+        """
         if not self.training:
             return deterministic_gate(self.log_alpha, stretch=self.stretch)
         u = torch.rand(self.log_alpha.shape, generator=generator, device="cpu").to(self.log_alpha)
-        return hard_concrete(self.log_alpha, u, beta=self.beta, stretch=self.stretch)
+        return hard_concrete(self.log_alpha, u, beta=self.beta, stretch=self.stretch, eps=self.eps)
+
+    def open_probability(self) -> Tensor:
+        """P(z != 0) of every gate; see the function of this name."""
+        return open_probability(self.log_alpha, beta=self.beta, stretch=self.stretch)
 
     def expected_l0(self) -> Tensor:
-        """The expected number of gates that are not zero, a scalar."""
-        return open_probability(self.log_alpha, beta=self.beta, stretch=self.stretch).sum()
+        """The expected number of gates that are not zero, a scalar with gradient."""
+        return self.open_probability().sum()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import Loss, model_loss
 from .layers.entries import Entries, Selected, dense_of, entries_of
 from .layers.masked import check_selection, footprint_of, gathers
 from .params import (
@@ -19,7 +20,6 @@ from .params import (
     owners,
     preserve_modes,
 )
-from .scores import Loss, model_loss
 from .selection import Selection
 
 

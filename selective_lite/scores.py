@@ -235,7 +235,7 @@ def exclude(scores: Mapping[str, Tensor], names: str | Sequence[str]) -> Scores:
     ValueError
         If a prefix names nothing.
     """
-    prefixes = check_prefixes(names, scores, "names")
+    prefixes = check_prefixes(names, scores, "exclude")
     return {
         name: torch.zeros_like(s) if is_under(name, prefixes) else s for name, s in scores.items()
     }

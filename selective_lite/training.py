@@ -1,4 +1,4 @@
-"""Train: a method is an iterable of phases; `fit` runs them with any optimizer."""
+"""Train: a method returns phases, and `fit` runs them with any optimizer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,44 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, repeat
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .layers.masked import masked
-from .params import head_weights, only_trainable, preserve_modes
-from .scores import Loss, model_loss
+from .batches import Loss, check_loss, model_loss, to_device
+from .layers.masked import MaskedTraining, check_selection
+from .params import head_weights, only_trainable, preserve_modes, weights
 from .selection import Selection
 
 Schedule = Callable[[float], float]
 Group = dict[str, Any]
-Action = Callable[[float, torch.optim.Optimizer], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training is, for the actions of a `Phase`.
+
+    Attributes
+    ----------
+    step, steps
+        The number of this step, from 1, and the number of steps of the phase.
+    optimizer
+        The phase's optimizer; its groups have the learning rates of this step.
+    """
+
+    step: int
+    steps: int
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the phase that is done with this step, in (0, 1]."""
+        return self.step / self.steps
+
+
+Action = Callable[[Step], None]
 
 
 def constant(progress: float) -> float:
@@ -27,12 +52,12 @@ def constant(progress: float) -> float:
 
 
 def linear_decay(progress: float) -> float:
-    """A schedule: from the group's learning rate to zero, linear in progress through the phase (0 to 1)."""
+    """A schedule: linear decay to zero, with progress through the phase from 0 to 1."""
     return 1.0 - progress
 
 
 def cosine_decay(progress: float) -> float:
-    """A schedule: from the group's learning rate to zero along half a cosine."""
+    """A schedule: decay to zero along half a cosine."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -52,15 +77,16 @@ class Phase:
     penalty
         Added to the loss at every step, a scalar tensor with gradient.
     before_step, after_step
-        Called between backward and clipping (to change gradients), and after the optimizer's step.
-        Both get the fraction of the phase that is done with this step, in (0, 1], and the
-        optimizer, whose groups still have the learning rates of this step (SoRA needs one).
+        Called with a `Step` between backward and clipping (to change gradients), and after the
+        optimizer's step.
     model
-        Called in place of the model, where a phase wraps it (Diff Pruning's gates).
+        Called in place of the model if a phase wraps it (Diff Pruning's gates).
     clip
-        Largest gradient norm of each group, or None.
+        Largest gradient norm of a group, or None. Every group is clipped by itself, so the task
+        head, which has a group of its own, does not scale the other gradients down. Several
+        authors clip all that they train to one joint norm; for that, put it in one group.
     selection
-        The weights that the phase trains, where they are a fixed selection.
+        The weights that the phase trains, if they are a fixed selection.
     """
 
     name: str
@@ -74,8 +100,71 @@ class Phase:
     selection: Selection | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs} of phase {self.name!r} must be at least 1")
+        check_options(self.name, epochs=self.epochs)
+
+
+def check_options(phase: str, *, epochs: int, **numbers: float | None) -> None:
+    """Check what a phase is trained with, long before it is.
+
+    Parameters
+    ----------
+    phase
+        Its name, for the message.
+    epochs
+        An int, at least 1.
+    numbers
+        Learning rates, weight decay and the like by name: finite and not negative, or None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the first option that is not as it should be.
+    """
+    if isinstance(epochs, bool) or not isinstance(epochs, Integral):
+        raise TypeError(f"epochs={epochs!r} of phase {phase!r} must be an int, such as 3")
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} of phase {phase!r} must be at least 1")
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, Real | Tensor):
+            raise TypeError(f"{name}={number!r} of phase {phase!r} must be a number, such as 1e-3")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}={number} of phase {phase!r} must be finite and not negative")
+
+
+class Phases:
+    """The phases of a method, an iterable that is used once: what ``diff_pruning(...)`` returns.
+
+    The next phase follows from how the last one was trained, so phases are made while `fit` runs
+    them, not before. Leaving early (an error, `close`) restores the model's structure at once.
+
+    Parameters
+    ----------
+    phases
+        A generator of phases. Whatever can be checked is checked before it is made.
+
+    Raises
+    ------
+    ValueError
+        When it is iterated for the second time.
+    """
+
+    def __init__(self, phases: Generator[Phase, None, None]) -> None:
+        self._phases, self._used = phases, False
+
+    def __iter__(self) -> Generator[Phase, None, None]:
+        if self._used:
+            raise ValueError(
+                "phases were used already, and a method trains once; call the method again"
+            )
+        self._used = True
+        return self._phases
+
+    def close(self) -> None:
+        """End the phase that is being trained; twice does nothing."""
+        self._used = True
+        self._phases.close()
 
 
 class Batches(Sized, Protocol):
@@ -98,13 +187,12 @@ def fit(
     Parameters
     ----------
     model
-        The model that the phases were made for; put in training mode during a phase, and back after
-        it.
+        The model that the phases were made for. It is in training mode during a phase; every
+        module's mode is restored after it.
     phases
-        A method, such as ``fixed_mask(...)`` or ``diff_pruning(...)``: it may prepare the next
-        phase from the last.
+        A method, such as ``fixed_mask(...)`` or ``diff_pruning(...)``, or a list of `Phase`.
     batches
-        Sized and iterable again for every epoch.
+        Sized and iterable again for every epoch; moved to the model's device one by one.
     loss
         ``(model, batch) -> scalar``.
     optimizer
@@ -115,65 +203,112 @@ def fit(
     Returns
     -------
     list of dict
-        One record a step: ``phase``, ``step`` (within the phase), ``loss``, ``penalty`` (0.0 where
+        One record a step: ``phase``, ``step`` (within the phase), ``loss``, ``penalty`` (0.0 if
         there is none).
 
     Raises
     ------
+    TypeError
+        If `batches` has no length, or `phases` is a selection; nothing is trained.
     ValueError
-        If there is no batch, or the loss is not finite (the phase's step is named; nothing of that
-        step is applied).
+        If there is no batch; if a phase trains a parameter that is frozen or not the model's
+        (phases of another model, or ``list(method)``); if the loss is not finite (the phase's step
+        is named; nothing of that step is applied).
+
+    Examples
+    --------
+    >>> records = fit(model, fixed_mask(model, selection, lr=1e-3, epochs=3), batches)
     """
-    if len(batches) == 0:
-        raise ValueError("batches is empty; give at least one batch")
+    if isinstance(phases, Selection):
+        raise TypeError(
+            "phases is a Selection; give fixed_mask(model, selection, lr=..., epochs=...)"
+        )
     records: list[dict[str, Any]] = []
     try:
+        _check_batches(batches)
         for phase in phases:
-            with preserve_modes(phase.model or model):
-                for record in _steps(phase, phase.model or model, batches, loss, optimizer):
+            called = phase.model or model
+            groups = _checked_groups(phase, called)
+            with preserve_modes(called):
+                for record in _steps(phase, groups, called, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
                         on_step(record)
     finally:
-        if isinstance(phases, Generator):
-            phases.close()  # after an error too the model is an ordinary one at once
+        if isinstance(phases, Phases | Generator):
+            phases.close()  # restore the model's structure immediately, also after an error
     return records
+
+
+def _check_batches(batches: Any) -> None:
+    try:
+        count = len(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches is a {type(batches).__name__} without a length, which the schedules need; "
+            "give a list, such as list(itertools.islice(batches, 100)), or a loader over a dataset "
+            "that has a length"
+        ) from None
+    if count == 0:
+        raise ValueError("batches is empty; give at least one batch")
+
+
+def _checked_groups(phase: Phase, model: nn.Module) -> list[Group]:
+    """The phase's groups with lists of parameters, all of them the model's."""
+    own = {id(p) for p in model.parameters()}
+    groups = []
+    for group in phase.groups:
+        given = group["params"]
+        params = [given] if isinstance(given, Tensor) else list(given)
+        for p in params:
+            if id(p) not in own:
+                raise ValueError(
+                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
+                    "not one of the model's; give fit the method itself (not list(method)), made "
+                    "for this model"
+                )
+            if not p.requires_grad:
+                raise ValueError(
+                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
+                    "frozen; set its requires_grad, or give fit the method itself"
+                )
+        groups.append({**group, "params": params})
+    return groups
 
 
 def _steps(
     phase: Phase,
+    groups: Sequence[Group],
     model: nn.Module,
     batches: Batches,
     loss: Loss,
     optimizer: Callable[..., torch.optim.Optimizer],
 ) -> Iterator[dict[str, Any]]:
     """Train one phase, a record a step."""
-    opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in phase.groups])
+    opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in groups])
     steps = phase.epochs * len(batches)
-    schedules = [_per_step(group.get("schedule", linear_decay), steps) for group in phase.groups]
+    schedules = [_per_step(group.get("schedule", linear_decay), steps) for group in groups]
     rates = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
     model.train()
     passes = chain.from_iterable(repeat(batches, phase.epochs))
-    for step, batch in enumerate(passes, 1):
+    for number, batch in enumerate(passes, 1):
+        batch, step = to_device(batch, model), Step(number, steps, opt)
         task = loss(model, batch)
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
-        if not torch.isfinite(total):
-            raise ValueError(
-                f"loss is {total.item()} in phase {phase.name!r}, step {step}; lower the learning rate"
-            )
+        check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
         opt.zero_grad()
         total.backward()
         if phase.before_step:
-            phase.before_step(step / steps, opt)
+            phase.before_step(step)
         if phase.clip is not None:
             for group in opt.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], phase.clip)
         opt.step()
         if phase.after_step:
-            phase.after_step(step / steps, opt)
+            phase.after_step(step)
         rates.step()
-        yield {"phase": phase.name, "step": step, "loss": task.item(), "penalty": penalty.item()}
+        yield {"phase": phase.name, "step": number, "loss": task.item(), "penalty": penalty.item()}
 
 
 def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:
@@ -183,12 +318,9 @@ def _per_step(schedule: Schedule, steps: int) -> Callable[[int], float]:
 def head_group(
     parameters: Sequence[nn.Parameter], lr: float, lr_head: float | None, **options: Any
 ) -> list[Group]:
-    """The parameter group of the task head, at `lr_head` or, if that is None, at `lr`; none where there is no head."""
-    return (
-        [{"params": list(parameters), "lr": lr if lr_head is None else lr_head, **options}]
-        if parameters
-        else []
-    )
+    """The task head's parameter group, at `lr_head` or else `lr`; empty if there is no head."""
+    rate = lr if lr_head is None else lr_head
+    return [{"params": list(parameters), "lr": rate, **options}] if parameters else []
 
 
 def fixed_mask(
@@ -200,9 +332,9 @@ def fixed_mask(
     lr_head: float | None = None,
     head: Sequence[str] | None = None,
     weight_decay: float = 0.0,
-    name: str = "fixed mask",
-) -> Generator[Phase, None, None]:
-    """A method: train a selection, and the task head beside it, on compact parameters.
+    name: str = "",
+) -> Phases:
+    """A method: train a selection and the task head, on compact parameters.
 
     Parameters
     ----------
@@ -215,19 +347,35 @@ def fixed_mask(
     head
         As in `weights`.
     weight_decay
-        Of selected weights and head; it pulls values to zero.
+        Decay of selected weights and head; it pulls values to zero.
+    name
+        The phase's name (default: the selection's method).
 
-    Yields
+    Returns
+    -------
+    Phases
+        A single phase. Afterwards the trained values are in the model's own tensors and the compact
+        parameters are gone.
+
+    Raises
     ------
-    Phase
-        One; the model is an ordinary one again when the iteration ends.
+    TypeError, ValueError
+        For a bad option, or a selection that does not fit the model, which is unchanged.
     """
-    with masked(model, selection, dense=tuple(head_weights(model, head))) as training:
-        groups: list[Group] = [
-            {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
-        ]
-        groups += head_group(training.dense_parameters(), lr, lr_head, weight_decay=weight_decay)
-        yield Phase(name, groups, epochs, selection=selection)
+    name = name or selection.method or "fixed mask"
+    check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+    check_selection(model, selection, head=head)
+
+    def phases() -> Generator[Phase, None, None]:
+        with MaskedTraining(model, selection, head=head) as training:
+            groups: list[Group] = [
+                {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
+            ]
+            dense = training.dense_parameters()
+            groups += head_group(dense, lr, lr_head, weight_decay=weight_decay)
+            yield Phase(name, groups, epochs, selection=selection)
+
+    return Phases(phases())
 
 
 def full_finetuning(
@@ -239,11 +387,19 @@ def full_finetuning(
     head: Sequence[str] | None = None,
     weight_decay: float = 0.0,
     name: str = "dense",
-) -> Generator[Phase, None, None]:
-    """A method, the baseline: train every parameter (full fine-tuning), the head at `lr_head`; see `fixed_mask`."""
-    heads = head_weights(model, head)
-    body = [p for n, p in model.named_parameters() if n not in heads and p.is_floating_point()]
-    groups: list[Group] = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
-    groups += head_group(list(heads.values()), lr, lr_head, weight_decay=weight_decay)
-    with only_trainable(model, [*body, *heads.values()]):
-        yield Phase(name, groups, epochs)
+) -> Phases:
+    """A method, the baseline: train every candidate (see `weights`), and the head at `lr_head`.
+
+    What the user froze (``requires_grad=False``) stays as it is. Arguments and errors as in
+    `fixed_mask`.
+    """
+    check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+    body, heads = (list(found(model, head).values()) for found in (weights, head_weights))
+
+    def phases() -> Generator[Phase, None, None]:
+        groups: list[Group] = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
+        groups += head_group(heads, lr, lr_head, weight_decay=weight_decay)
+        with only_trainable(model, [*body, *heads]):
+            yield Phase(name, groups, epochs)
+
+    return Phases(phases())

@@ -27,13 +27,13 @@ class Attached:
 
 
 def _new(base: type[nn.Module], make: Callable[..., type], arguments: tuple) -> Any:
-    cls = make(base, *arguments)
+    cls: Any = make(base, *arguments)
     return cls.__new__(cls)
 
 
 def attach(layer: nn.Module, make: Callable[..., type], *arguments: Any) -> None:
     """Give a layer the class ``make(its class, *arguments)``, a subclass with `Attached` in it."""
-    layer.__class__ = make(type(layer), *arguments)  # type: ignore[assignment]
+    layer.__class__ = make(type(layer), *arguments)
 
 
 def detach(layer: nn.Module) -> None:

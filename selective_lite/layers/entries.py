@@ -18,7 +18,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .attach import Attached, attach, detach
 from .sampled import embedding, linear, scatter
 
-CHILD = "{}_entries"  # the child's name beside the tensor's own one
+CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
+REPLACED = (
+    "cannot be replaced inside masked training, as nn.DataParallel and FSDP do; use "
+    "DistributedDataParallel"
+)
 
 
 class Entries(nn.Module):
@@ -78,11 +82,8 @@ class Entries(nn.Module):
 
     def _check(self, values: Tensor | None) -> None:
         if values is not self.__dict__["leaf"]:
-            raise RuntimeError(
-                "the compact parameters of masked training were replaced, by nn.DataParallel or "
-                "FSDP, which cannot train a selection; use DistributedDataParallel"
-            )
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(f"the compact values of a tensor {REPLACED}")
+        if torch.compiler.is_exporting() or torch._C._is_tracing():
             raise RuntimeError("leave masked training before the model is exported or traced")
 
     def take(self, dense: Tensor) -> None:
@@ -137,10 +138,7 @@ class LinearProduct(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As of `nn.Linear`."""
-        dense, entries = current(self, "weight")
-        return linear(
-            input, dense, entries.values, entries.index, entries.rows, entries.columns, self.bias
-        )
+        return linear(input, *product_operands(self), self.bias)
 
 
 class EmbeddingRows(nn.Embedding):
@@ -155,12 +153,11 @@ class EmbeddingRows(nn.Embedding):
 class Conv1DProduct(nn.Module):
     """Hugging Face's ``Conv1D``, a linear layer that holds W^T, with the gradient as above."""
 
+    bias: Tensor | None
+
     def forward(self, x: Tensor) -> Tensor:
         """As of ``Conv1D``."""
-        dense, entries = current(self, "weight")
-        return linear(
-            x, dense, entries.values, entries.index, entries.rows, entries.columns, self.bias, True
-        )
+        return linear(x, *product_operands(self), self.bias, True)
 
 
 def is_conv1d(cls: type) -> bool:
@@ -220,11 +217,20 @@ def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
     return dense, entries
 
 
+def product_operands(module: Any) -> tuple[Tensor, Tensor, Any, Any, Any]:
+    """What `sampled.linear` takes between the input and the bias."""
+    dense, own = current(module, "weight")
+    return dense, own.values, own.index, own.rows, own.columns
+
+
 def _reading(attribute: str) -> property:
     def read(module: Any) -> Tensor:
         return entries_of(module, attribute).read(dense_of(module, attribute))
 
-    return property(read)
+    def replace(module: Any, value: Any) -> None:
+        raise RuntimeError(f"{attribute!r} {REPLACED}")
+
+    return property(read, replace)
 
 
 def _flat_weights(module: Any) -> list[Tensor | None]:

@@ -123,7 +123,8 @@ class MaskedTraining:
             whole = index is None or (len(index) == p.numel() and not shrinks)
             precise = torch.promote_types(p.dtype, torch.float32) == p.dtype
             if whole and precise:
-                self._trained[name] = p.requires_grad_(True)
+                p.requires_grad_(True)
+                self._trained[name] = p
                 continue
             at = None if whole or index is None else index.to(p.device)
             parts = (None, None) if at is None or shrinks else footprint_of(at, p, places, sampled)
@@ -400,7 +401,7 @@ def _skips(model: nn.Module) -> bool:
 
 
 def _check_step(training: MaskedTraining | None, optimizer: torch.optim.Optimizer) -> None:
-    """Before every optimizer's step, while a training is open: does it train that selection?"""
+    """Before every optimizer's step, while a training is open: raise unless it can train that."""
     if training is None or training.closed:
         return
     ours = {id(p): name for name, p in training._trained.items()}
@@ -447,6 +448,3 @@ def _check_gradients(training: MaskedTraining, held: set[int]) -> None:
             "the loss does not use them. Exclude them (sl.exclude(scores, ...)), or give "
             "masked(..., allow_unused=True) if a step may leave them out"
         )
-
-
-masked = MaskedTraining

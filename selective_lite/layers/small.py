@@ -277,7 +277,7 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     members = {"base": cls, "made_by": (adapted_class, ()), "forward": forward}
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    adapted = type(cls.__name__, (Adapted, cls), members)
+    adapted: Any = type(cls.__name__, (Adapted, cls), members)
     return adapted
 
 

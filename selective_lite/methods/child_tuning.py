@@ -1,23 +1,28 @@
-"""Child-Tuning (Xu et al. 2021, EMNLP): update only a child network, drawn anew at each step (F) or chosen once (D).
+"""Child-Tuning (Xu et al. 2021, EMNLP): update only a child network.
 
-F, task-free, keeps each entry of a gradient with probability p and divides by p: noise that
-regularises fine-tuning, in which every weight moves sooner or later. D, task-driven, keeps the
-fraction p of the weights with the most Fisher information, for the whole training: a fixed mask.
-Their p is 0.2 to 0.4, far more than a small delta holds.
+F, task-free, draws it anew at each step: it keeps each entry of a gradient with probability p and
+divides by p, noise that regularises fine-tuning, in which every weight moves sooner or later. D,
+task-driven, chooses it once: the fraction p of the weights with the most Fisher information, a
+fixed mask. Their p is 0.2 to 0.4, far more than a small delta holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..scores import Batch, Loss, exclude, model_loss, squared_gradient
+from ..batches import Batch, Loss, model_loss
+from ..layers.masked import check_candidates
+from ..params import resolve_budget, weights
+from ..scores import exclude as without
+from ..scores import squared_gradient
 from ..selection import Selection, select
-from ..training import Phase, fixed_mask, full_finetuning
+from ..training import Phase, Phases, Step, full_finetuning
 
 
 def child_tuning_f(
@@ -30,43 +35,36 @@ def child_tuning_f(
     head: Sequence[str] | None = None,
     weight_decay: float = 0.0,
     seed: int = 0,
-) -> Generator[Phase, None, None]:
-    """A method: train everything, the head too, on gradients of which a fresh random part is kept at every step.
+) -> Phases:
+    """A method: train every candidate and the head on randomly masked gradients.
 
-    The optimizer's momentum still moves entries whose draw is 0, as in the authors' code. Gradients
-    are clipped after they are masked; the authors clip before.
+    A fresh mask is drawn at every step. The optimizer's momentum still moves entries whose draw is
+    0, as in the authors' code. Gradients are clipped after they are masked, each group by itself;
+    the authors clip before, all parameters together.
 
     Parameters
     ----------
     model
-        Any module, trained in place.
+        Any module, trained in place; what the user froze stays frozen.
     p
         Probability in (0, 1] that an entry is kept; 1 is full fine-tuning.
     lr, lr_head, epochs, head, weight_decay
-        As in `dense`.
+        As in `full_finetuning`.
     seed
-        Of the CPU generator that draws the masks.
+        Seed of the CPU generator that draws the masks.
 
-    Yields
-    ------
-    Phase
-        ``"Child-Tuning-F"``.
+    Returns
+    -------
+    Phases
+        One phase, ``"Child-Tuning-F"``.
 
     Raises
     ------
-    ValueError
-        If `p` is outside (0, 1].
+    TypeError, ValueError
+        If `p` is outside (0, 1], and as in `full_finetuning`.
     """
-    _check(p)
-    generator = torch.Generator().manual_seed(seed)
-
-    def before_step(progress: float, optimizer: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:
-            for q in group["params"]:
-                if q.grad is not None:
-                    # (eq-child-f)  g <- g * m / p,  m ~ Bernoulli(p)
-                    q.grad.mul_(draw(q.shape, p, generator).to(q.device)).div_(p)
-
+    if not 0 < p <= 1:
+        raise ValueError(f"p={p} is outside (0, 1]; it is the share of entries that is kept")
     everything = full_finetuning(
         model,
         lr=lr,
@@ -76,10 +74,21 @@ def child_tuning_f(
         weight_decay=weight_decay,
         name="Child-Tuning-F",
     )
-    with closing(everything) as phases:
-        for phase in phases:
-            phase.before_step = before_step
-            yield phase
+    generator = torch.Generator().manual_seed(seed)
+
+    def before_step(step: Step) -> None:
+        for group in step.optimizer.param_groups:
+            for q in group["params"]:
+                if q.grad is not None:
+                    # (eq-child-f)  g <- g * m / p,  m ~ Bernoulli(p)
+                    q.grad.mul_(draw(q.shape, p, generator).to(q.device)).div_(p)
+
+    def phases() -> Generator[Phase, None, None]:
+        with closing(everything):
+            for phase in everything:
+                yield replace(phase, before_step=before_step)
+
+    return Phases(phases())
 
 
 def draw(shape: torch.Size, p: float, generator: torch.Generator) -> Tensor:
@@ -87,95 +96,54 @@ def draw(shape: torch.Size, p: float, generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator, device="cpu") < p  # half the time of `bernoulli_`
 
 
-def child_network(
+def child_tuning(
     model: nn.Module,
     batches: Iterable[Batch],
+    budget: int | float = 0.3,
     *,
-    p: float = 0.3,
     reduction: Literal["per_sample", "batch"] = "per_sample",
     loss: Loss = model_loss,
     head: Sequence[str] | None = None,
-    frozen: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Selection:
-    """The fraction p of the candidates that has the most empirical Fisher information: exactly round(p N) weights.
+    """Child-Tuning-D's child network: the candidates with the most empirical Fisher information.
+
+    Train it with `fixed_mask`, whose weight decay acts on the child network only; in the authors'
+    code decay moves every weight.
 
     Parameters
     ----------
     model, batches, loss, head
         As in `squared_gradient`.
-    p
-        In (0, 1].
+    budget
+        k, a count or a fraction p of the candidates (authors: 0.3).
     reduction
         ``"per_sample"`` (the paper's Fisher information), or ``"batch"``: squares of the batches'
         mean gradients, as in the authors' code, which also clips each tensor's gradient to norm 1
         before it squares.
-    frozen
-        Names or prefixes of tensors that are not selected from.
+    exclude
+        Names or prefixes of tensors that are not selected from; they still count in a fraction's
+        total.
+
+    Returns
+    -------
+    Selection
+        Exactly k positions; its ``method`` is ``"Child-Tuning-D"``.
 
     Raises
     ------
-    ValueError
-        If `p` is outside (0, 1], and as in `squared_gradient`, `exclude` and `select`.
+    TypeError, ValueError
+        For a bad option, or tensors that cannot be selected in part (all of them are named),
+        before anything is scored; and as in `squared_gradient` and `select`.
+
+    Examples
+    --------
+    >>> child = child_tuning(model, batches, 0.3)
+    >>> records = fit(model, fixed_mask(model, child, lr=1e-4, epochs=3), batches)
     """
-    _check(p)
+    candidates = weights(model, head)
+    resolve_budget(budget, sum(p.numel() for p in candidates.values()))
+    check_candidates(model, head, exclude)
     # (eq-child-d)  F_w = sum_i (d L_i / d w)^2;  M_w = 1 if F_w is among the p N largest, else 0
     scores = squared_gradient(model, batches, reduction=reduction, loss=loss, head=head)
-    return select(exclude(scores, frozen), float(p))
-
-
-def child_tuning_d(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    lr: float,
-    epochs: int,
-    p: float = 0.3,
-    reduction: Literal["per_sample", "batch"] = "per_sample",
-    loss: Loss = model_loss,
-    lr_head: float | None = None,
-    head: Sequence[str] | None = None,
-    frozen: Sequence[str] = (),
-    weight_decay: float = 0.0,
-) -> Generator[Phase, None, None]:
-    """A method: choose the child network once, on `batches`, and train it with the head.
-
-    Parameters
-    ----------
-    model
-        Any module, trained in place.
-    batches, p, reduction, loss, frozen
-        As in `child_network`.
-    lr, lr_head, epochs, head, weight_decay
-        As in `fixed_mask`; decay acts on the child network only (in the authors' code on every
-        weight).
-
-    Yields
-    ------
-    Phase
-        ``"Child-Tuning-D"``. Exactly round(p N) weights are trained, beside the head.
-
-    Raises
-    ------
-    ValueError
-        As in `child_network` and `masked`; the model is then unchanged.
-    """
-    selection = child_network(
-        model, batches, p=p, reduction=reduction, loss=loss, head=head, frozen=frozen
-    )
-    yield from fixed_mask(
-        model,
-        selection,
-        lr=lr,
-        epochs=epochs,
-        lr_head=lr_head,
-        head=head,
-        weight_decay=weight_decay,
-        name="Child-Tuning-D",
-    )
-
-
-def _check(p: float) -> None:
-    if not 0 < p <= 1:
-        raise ValueError(
-            f"p={p} is outside (0, 1]; it is the share of the weights in the child network"
-        )
+    return replace(select(without(scores, exclude), budget), method="Child-Tuning-D")

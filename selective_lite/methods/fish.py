@@ -1,4 +1,4 @@
-"""FISH mask (Sung, Nair and Raffel 2021, NeurIPS): train the weights with the largest Fisher information.
+"""FISH mask (Sung, Nair and Raffel 2021, NeurIPS): train the weights with the most information.
 
 The Fisher information of a weight is its expected squared gradient, taken sample by sample. The k
 weights that have most of it, over the whole model at once, are chosen before training and never
@@ -7,22 +7,18 @@ again: the mask is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
-from ..scores import (
-    Batch,
-    Loss,
-    Scores,
-    exclude,
-    expected_squared_gradient,
-    model_loss,
-    squared_gradient,
-)
+from ..batches import Batch, Loss, batch_size, model_loss, take
+from ..layers.masked import check_candidates
+from ..params import resolve_budget, weights
+from ..scores import Scores, expected_squared_gradient, squared_gradient
+from ..scores import exclude as without
 from ..selection import Selection, select
-from ..training import Phase, fixed_mask
 
 Fisher = Literal["empirical", "sampled", "expected"]
 
@@ -42,12 +38,12 @@ def fisher_information(
     Parameters
     ----------
     model
-        Scored in evaluation mode, and put back.
+        The model, scored in evaluation mode; its modes are restored.
     batches
-        Mappings of tensors whose first dimension is the sample.
+        Mappings or tuples of tensors whose first dimension is the sample.
     samples
-        How many samples are used, in the order of `batches`; all where there are fewer. The authors
-        use 1,024.
+        Number of samples used, in the order of `batches`; all of them if there are fewer. The
+        authors use 1,024.
     fisher
         ``"empirical"`` takes the given labels (the authors' default); ``"sampled"`` draws one label
         a sample from the model; ``"expected"`` weighs every class with its probability (both are
@@ -87,78 +83,61 @@ def fisher_information(
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """The first `samples` samples, in batches; the last one is cut."""
     for batch in batches:
-        size = min(samples, len(next(iter(batch.values()))))
-        yield {key: value[:size] for key, value in batch.items()}
+        size = min(samples, batch_size(batch))
+        yield take(batch, 0, size)
         samples -= size
         if samples == 0:
             return
 
 
-def fish_mask(scores: Scores, budget: int | float, *, frozen: Sequence[str] = ()) -> Selection:
-    """The k weights with the most Fisher information of the whole model; errors as in `select` and `exclude`."""
-    # (eq-fish-mask)  M_w = 1 if F_w is among the k largest, else 0
-    return select(exclude(scores, frozen), budget)
-
-
 def fish(
     model: nn.Module,
-    budget: int | float,
     batches: Iterable[Batch],
+    budget: int | float,
     *,
-    lr: float,
-    epochs: int,
     samples: int = 1024,
     fisher: Fisher = "empirical",
     loss: Loss = model_loss,
-    lr_head: float | None = None,
     head: Sequence[str] | None = None,
-    frozen: Sequence[str] = (),
-    weight_decay: float = 0.0,
+    exclude: Sequence[str] = (),
     seed: int = 0,
-) -> Generator[Phase, None, None]:
-    """A method: score with the Fisher information, select k, train those.
+) -> Selection:
+    """The FISH mask: the k candidates with the most Fisher information, over the whole model.
 
-    The head is trained beside the k weights. In the authors' code it is inside: k = int(all *
-    ratio) - |classifier|.
+    The task head is trained in addition to these k weights. In the authors' code it is part of the
+    budget: k = int(all * ratio) - |classifier|.
 
     Parameters
     ----------
-    model
-        Any module, trained in place.
+    model, batches, samples, fisher, loss, head, seed
+        As in `fisher_information`.
     budget
         k, a count or a fraction of the candidates.
-    batches
-        What the weights are scored on, such as the training batches.
-    lr, lr_head, epochs, weight_decay
-        As in `fixed_mask`.
-    samples, fisher, loss, head, seed
-        As in `fisher_information`.
-    frozen
-        Names or prefixes of tensors that are not selected from, such as a convolution, which no
-        mask can train a part of.
+    exclude
+        Names or prefixes of tensors that are not selected from; they still count in a fraction's
+        total.
 
-    Yields
-    ------
-    Phase
-        ``"FISH"``. Exactly k weights are trained, beside the head.
+    Returns
+    -------
+    Selection
+        Exactly k positions; its ``method`` is ``"FISH"``.
 
     Raises
     ------
-    ValueError
-        As in `fisher_information`, `select` and `masked`; the model is then unchanged.
+    TypeError, ValueError
+        For a bad option, or tensors that cannot be selected in part (all of them are named),
+        before anything is scored; and as in `fisher_information` and `select`.
+
+    Examples
+    --------
+    >>> selection = fish(model, batches, 0.005)
+    >>> records = fit(model, fixed_mask(model, selection, lr=1e-3, epochs=3), batches)
     """
+    candidates = weights(model, head)
+    resolve_budget(budget, sum(p.numel() for p in candidates.values()))
+    check_candidates(model, head, exclude)
     scores = fisher_information(
         model, batches, samples=samples, fisher=fisher, loss=loss, head=head, seed=seed
     )
-    selection = fish_mask(scores, budget, frozen=frozen)
-    del scores  # as large as the model
-    yield from fixed_mask(
-        model,
-        selection,
-        lr=lr,
-        epochs=epochs,
-        lr_head=lr_head,
-        head=head,
-        weight_decay=weight_decay,
-        name="FISH",
-    )
+    # (eq-fish-mask)  M_w = 1 if F_w is among the k largest, else 0
+    return replace(select(without(scores, exclude), budget), method="FISH")

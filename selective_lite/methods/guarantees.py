@@ -1,4 +1,4 @@
-"""What each method promises about the weights that it trains: each promise is tested, and nothing else is claimed."""
+"""The guarantees of each method about the weights that it trains; every one of them is tested."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from typing import Literal
 Promise = Literal["exact k", "rule-sized", "nearest", "rest bit-identical", "sparse", "additive"]
 
 MEANING: dict[Promise, str] = {
-    "exact k": "exactly the asked number of weights is trained, beside the head",
+    "exact k": "exactly the asked number of weights is trained, and the head",
     "rule-sized": "a rule on names, not a budget, says how many weights are trained",
-    "nearest": "the number of trained weights is the nearest to the budget that whole modules allow",
+    "nearest": "the number of trained weights is the nearest to the budget that modules allow",
     "rest bit-identical": "every weight that is neither selected nor of the head keeps its bits",
-    "sparse": "what was trained ships as a delta of the selected weights, small modules and the head alone",
-    "additive": "modules are trained beside the base's own weights, which keep their bits until a module is merged",
+    "sparse": "the delta holds only the selected weights, small modules and the head",
+    "additive": "modules are trained, and the base's own weights keep their bits until a merge",
 }
 
 _SELECTED: tuple[Promise, ...] = ("exact k", "rest bit-identical", "sparse")
 _RULE: tuple[Promise, ...] = ("rule-sized", "rest bit-identical", "sparse")
 
-# A row a method, by the name of its function; a method that trains every weight promises nothing.
+# One row a method, by the name of its function; a method that trains every weight has none.
 PROMISES: dict[str, tuple[Promise, ...]] = {
     "full_finetuning": (),
     "layerwise_rates": (),
     "child_tuning_f": (),
-    "last_layers": ("rule-sized", "rest bit-identical"),  # half of a model is no sparse delta
+    "last_layers": ("rule-sized", "rest bit-identical"),  # half of a model is not sparse
     "bitfit": _RULE,
     "fixed_mask": _SELECTED,
     "fish": _SELECTED,
-    "child_tuning_d": _SELECTED,
+    "child_tuning": _SELECTED,
+    "smallest": _SELECTED,
     "lt_sft": _SELECTED,
     "diff_pruning": _SELECTED,
-    "sara": _SELECTED,  # given a budget; weights that outgrow the threshold stop training, and are still in the delta
+    # Given a budget. Weights that outgrow the threshold stop training and are in the delta.
+    "sara": _SELECTED,
     "spt": ("nearest", "rest bit-identical", "sparse"),
-    "sora": (
-        "additive",
-        "rest bit-identical",
-    ),  # merged in the end: a matrix that had a module then differs everywhere
+    # Merged in the end: a matrix that had a module then differs everywhere.
+    "sora": ("additive", "rest bit-identical"),
 }
 
 
 def table() -> str:
-    """The promises as a Markdown table: a row a method, a column a promise."""
+    """The promises as a Markdown table: one row a method, one column a promise."""
     columns = list(MEANING)
     rows = [["method", *columns], ["---"] * (1 + len(columns))]
     rows += [

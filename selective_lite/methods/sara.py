@@ -1,9 +1,9 @@
-"""SaRA (Hu et al. 2024, arXiv 2409.06633, ICLR 2025): the smallest weights do the least, so train those.
+"""SaRA (Hu et al. 2024, arXiv 2409.06633, ICLR 2025): train the smallest weights.
 
-Selected is what lies below a threshold, |w| < t (or the k smallest). Half way, those that have
-outgrown it stop training (*progressive re-selection*), and a *nuclear-norm* loss keeps the selected
-matrix low in rank. Several tutorials call the method SARA and cite 2311.11696: that is SoRA, a
-gated LoRA, and no relative (see `sora`).
+They do the least as they are. The selection is every weight below a threshold, |w| < t (or the k
+smallest). Half way, those that have outgrown it stop training (*progressive re-selection*), and a
+*nuclear-norm* loss keeps the selected matrix low in rank. Several tutorials call the method SARA
+and cite 2311.11696: that is SoRA, a gated LoRA, which is unrelated (see `sora`).
 """
 
 from __future__ import annotations
@@ -16,27 +16,81 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers.masked import masked
-from ..params import head_weights, weights
+from ..layers.masked import MaskedTraining, check_selection
+from ..params import check_prefixes, is_under, named_parameters, resolve_budget, weights
 from ..scores import magnitude
 from ..selection import Selection, select
-from ..training import Group, Phase, Schedule, cosine_decay, head_group
-
-FEWEST = (
-    100  # as in the authors' code, a matrix with no more selected entries has no nuclear-norm loss
+from ..training import (
+    Group,
+    Phase,
+    Phases,
+    Schedule,
+    Step,
+    check_options,
+    cosine_decay,
+    head_group,
 )
+
+# As in the authors' code, a matrix with no more selected entries has no nuclear-norm loss.
+FEWEST = 100
 
 
 def learning_rate(threshold: float) -> float:
-    """The authors' rate for a threshold (code): the more small weights are trained, the slower; 4.97e-4 at 2e-3."""
+    """The rate for a threshold (authors' code): more weights train more slowly; 4.97e-4 at 2e-3."""
     # (eq-sara-rate)  lr = 10^-3 exp(-350 t)
     return 1e-3 * math.exp(-350 * threshold)
 
 
-def smaller_than(
-    model: nn.Module, threshold: float, head: Sequence[str] | None = None
+def smallest(
+    model: nn.Module,
+    budget: int | float,
+    head: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
 ) -> Selection:
-    """Every weight with |w| < threshold; how many these are depends on the scale of the weights, not on a budget.
+    """The k candidates with the smallest |w|.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    budget
+        k, a count or a fraction of the candidates.
+    head
+        As in `weights`.
+    exclude
+        Names or prefixes of tensors that are not selected from; they still count in a fraction's
+        total.
+
+    Returns
+    -------
+    Selection
+        Exactly k positions; its ``method`` is ``"SaRA"``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `select`, or if a name in `exclude` is unknown.
+
+    Examples
+    --------
+    >>> records = fit(model, fixed_mask(model, smallest(model, 0.005), lr=1e-3, epochs=3), batches)
+    """
+    scores = magnitude(model, head)
+    prefixes = check_prefixes(exclude, scores, "exclude")
+    k = resolve_budget(budget, sum(s.numel() for s in scores.values()))
+    # (eq-sara-smallest)  M = 1 where |w| is among the k smallest
+    free = {name: s for name, s in scores.items() if not is_under(name, prefixes)}
+    found = select(free, k, largest=False)
+    return Selection(found.indices, {n: tuple(s.shape) for n, s in scores.items()}, method="SaRA")
+
+
+def smaller_than(
+    model: nn.Module,
+    threshold: float,
+    head: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> Selection:
+    """Every candidate with |w| < threshold; their number follows from the scale of the weights.
 
     Parameters
     ----------
@@ -44,32 +98,36 @@ def smaller_than(
         Any module.
     threshold
         t > 0; 2e-3 in the authors' README.
-    head
-        As in `weights`.
+    head, exclude
+        As in `smallest`.
 
     Raises
     ------
     ValueError
-        If no weight or every weight is below the threshold, or it is no positive number.
+        If no weight or every weight is below the threshold, or it is not a positive number.
     """
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold={threshold} must be a positive number; the authors use 2e-3")
     candidates = weights(model, head)
+    prefixes = check_prefixes(exclude, candidates, "exclude")
+    free = {name: p for name, p in candidates.items() if not is_under(name, prefixes)}
     indices = {}
-    for name, p in candidates.items():
+    for name, p in free.items():
         # (eq-sara-mask)  M = 1[|w| < t]
         positions = (p.detach().abs() < threshold).reshape(-1).nonzero().squeeze(1).cpu()
         if len(positions):
             indices[name] = positions
-    selection = Selection(indices, {name: tuple(p.shape) for name, p in candidates.items()})
+    shapes = {name: tuple(p.shape) for name, p in candidates.items()}
+    selection = Selection(indices, shapes, method="SaRA")
     if selection.count == 0:
-        smallest = min(float(p.detach().abs().min()) for p in candidates.values())
+        least = min((float(p.detach().abs().min()) for p in free.values()), default=math.nan)
         raise ValueError(
-            f"threshold={threshold} selects no weight: the smallest |w| is {smallest:.3g}; raise it"
+            f"threshold={threshold} selects no weight: the smallest |w| is {least:.3g}; raise it"
         )
     if selection.count == selection.total:
         raise ValueError(
-            f"threshold={threshold} selects all {selection.total} weights; lower it, or use `dense`"
+            f"threshold={threshold} selects all {selection.total} weights; lower it, or use "
+            "full_finetuning"
         )
     return selection
 
@@ -101,7 +159,7 @@ class _NuclearNorm(torch.autograd.Function):
 
 
 def nuclear_norm(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """||W * M||_* of a matrix that is zero except for `values`, with its gradient U V^T at these entries.
+    """||W * M||_* of a matrix that is zero except for `values`, with its gradient U V^T at these.
 
     It forms the dense matrix of the rows and columns that hold a selected weight, and its SVD: the
     one place where a masked method pays for a whole matrix.
@@ -123,8 +181,21 @@ def nuclear_norm(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     return _NuclearNorm.apply(values, index, shape[1])
 
 
+def ranked(selection: Selection, min_side: int = 64) -> list[str]:
+    """The matrices whose nuclear norm may be drawn: those with both sides over `min_side`."""
+    shapes = selection.shapes
+    return [n for n in selection.indices if len(shapes[n]) == 2 and min(shapes[n]) > min_side]
+
+
 class SaRASchedule:
-    """What happens to a SaRA selection while it is trained: one re-selection, and the nuclear-norm loss.
+    """What happens to a SaRA selection in training: a re-selection, and the nuclear-norm loss.
+
+    Parameters
+    ----------
+    training
+        Masked training that shrinks.
+    threshold, reselect, lam, min_side, seed
+        As in `sara`.
 
     Attributes
     ----------
@@ -134,7 +205,7 @@ class SaRASchedule:
 
     def __init__(
         self,
-        training: masked,
+        training: MaskedTraining,
         threshold: float,
         *,
         reselect: int | float | None,
@@ -146,69 +217,66 @@ class SaRASchedule:
         self.positions, self.shapes = dict(training.selection.indices), training.selection.shapes
         self.values = dict(zip(self.positions, training.parameters(), strict=True))
         self.generator = torch.Generator().manual_seed(seed)
-        self.counts, self.step = [training.selection.count], 0
-        self.matrices = [
-            n for n in self.values if len(self.shapes[n]) == 2 and min(self.shapes[n]) > min_side
-        ]
-        if lam and not any(len(self.positions[name]) > FEWEST for name in self.matrices):
-            raise ValueError(
-                f"lam={lam} weighs the nuclear norm of no matrix: none has more than {FEWEST} selected weights and "
-                f"both sides over {min_side}; lower min_side, or give lam=0"
-            )
+        self.counts = [training.selection.count]
+        self.due: int | None = None
+        self.matrices = ranked(training.selection, min_side)
 
     @property
     def selection(self) -> Selection:
         """The weights that are trained now."""
-        return Selection(
-            {name: i for name, i in self.positions.items() if len(i)}, dict(self.shapes)
-        )
+        positions = {name: i for name, i in self.positions.items() if len(i)}
+        return Selection(positions, dict(self.shapes), method="SaRA")
 
     def penalty(self) -> Tensor:
-        """lambda ||W * M||_* of one random matrix, a scalar with gradient; zero if few of its weights are selected."""
-        name = self.matrices[
-            int(torch.randint(len(self.matrices), (), generator=self.generator, device="cpu"))
-        ]
+        """lambda ||W * M||_* of one random matrix, a scalar; zero if few weights of it are left."""
+        drawn = torch.randint(len(self.matrices), (), generator=self.generator, device="cpu")
+        name = self.matrices[int(drawn)]
         values = self.values[name].reshape(-1)
         if len(values) <= FEWEST:
             return values.new_zeros(())
-        return self.lam * nuclear_norm(
-            values, self.positions[name].to(values.device), self.shapes[name]
-        )
+        index = self.positions[name].to(values.device)
+        return self.lam * nuclear_norm(values, index, self.shapes[name])
 
-    def check(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
-        """Before each step: raise a `ValueError`, at the first, if the phase ends before the re-selection."""
-        self.step += 1
-        steps = round(self.step / progress)
+    def find_step(self, step: Step) -> None:
+        """Before each step: find at which one the re-selection is due.
+
+        Raises
+        ------
+        ValueError
+            If the phase ends before that; at the first step, so nothing has been trained.
+        """
         self.due = (
-            max(1, round(self.reselect * steps))
+            max(1, round(self.reselect * step.steps))
             if isinstance(self.reselect, float)
             else self.reselect
         )
-        if self.due is not None and self.due >= steps:
+        if self.due is not None and self.due >= step.steps:
             raise ValueError(
-                f"reselect={self.reselect} is not before the end of a phase of {steps} steps; lower it"
+                f"reselect={self.reselect} is not before the end of a phase of {step.steps} steps; "
+                "lower it"
             )
 
     @torch.no_grad()
-    def update(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
-        """After each step; at that of the re-selection, go on with the weights still below the threshold alone.
+    def update(self, step: Step) -> None:
+        """After the step of the re-selection, train only weights still below the threshold.
 
         Raises
         ------
         ValueError
             If no selected weight is below the threshold any more.
         """
-        if self.step != self.due:
+        if step.step != self.due:
             return
         # (eq-sara-progressive)  M' = M * 1[|w| < t], with the weights of now
         keep = {name: values.abs() < self.threshold for name, values in self.values.items()}
         if not any(kept.any() for kept in keep.values()):
             raise ValueError(
-                f"no selected weight is below {self.threshold:.3g} after step {self.step}; lower lr"
+                f"no selected weight is below {self.threshold:.3g} after step {step.step}; lower lr"
             )
-        self.training.shrink(keep, optimizer)
+        self.training.shrink(keep, step.optimizer)
         for name, kept in keep.items():
-            self.positions[name] = self.positions[name][kept.cpu()]
+            self.positions[name] = self.positions[name][kept.reshape(-1).cpu()]
+        self.values = dict(zip(self.positions, self.training.parameters(), strict=True))
         self.counts.append(sum(len(positions) for positions in self.positions.values()))
 
 
@@ -226,22 +294,23 @@ def sara(
     schedule: Schedule = cosine_decay,
     weight_decay: float = 1e-2,
     head: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
     seed: int = 0,
-) -> Generator[Phase, None, None]:
-    """A method: train the small weights, re-select once, and keep the selected matrices low in rank.
+) -> Phases:
+    """A method: train the small weights, re-select once, keep the selected matrices low in rank.
 
     Parameters
     ----------
     model
         As in `masked`.
     threshold, budget
-        One of them: select |w| < threshold, or exactly the k smallest |w| (a budget as in
-        `select`), whose threshold is just above the k-th.
+        One of them: select |w| < threshold (`smaller_than`), or exactly the k smallest |w|
+        (`smallest`), whose threshold is just above the k-th.
     epochs
         Passes over the batches.
     lr, lr_head
-        Of the selected weights (default: `learning_rate` of the threshold) and of the head
-        (default: the same).
+        Learning rates of the selected weights (default: `learning_rate` of the threshold) and of
+        the head (default: the same).
     lam
         Weight of the nuclear norm, 0 for none. It costs an SVD a step.
     reselect
@@ -251,24 +320,24 @@ def sara(
     min_side
         The nuclear norm is that of a matrix with both sides over this.
     schedule
-        Of both rates; half a cosine is the authors' choice.
+        Schedule of both rates; half a cosine is the authors' choice.
     weight_decay
-        Of selected weights and head; it pulls values to zero.
-    head
-        As in `weights`.
+        Decay of selected weights and head; it pulls values to zero.
+    head, exclude
+        As in `smallest`.
     seed
-        Of the CPU generator that draws one matrix a step.
+        Seed of the CPU generator that draws one matrix a step.
 
-    Yields
-    ------
-    Phase
-        One; its ``after_step`` is `Progressive.update`.
+    Returns
+    -------
+    Phases
+        One phase, ``"SaRA"``; its ``after_step`` is `SaRASchedule.update`.
 
     Raises
     ------
-    ValueError, TypeError
-        For a bad option or selection (the model is unchanged); from the phase, as
-        `Progressive.check` and `Progressive.update` do.
+    TypeError, ValueError
+        At the call for a bad option or selection (the model is unchanged); from the phase, as
+        `SaRASchedule.find_step` and `SaRASchedule.update` do.
     """
     if (threshold is None) is (budget is None):
         raise ValueError("give one of threshold (|w| below it) and budget (the k smallest)")
@@ -279,28 +348,46 @@ def sara(
         )
     if not lam >= 0:
         raise ValueError(f"lam={lam} must not be negative; 0 leaves the nuclear norm out")
-    if budget is not None:
-        selection = select(magnitude(model, head), budget, largest=False)
-    elif threshold is not None:
-        selection = smaller_than(model, threshold, head)
-    heads = tuple(head_weights(model, head))
-    with masked(model, selection, dense=heads, shrinks=reselect is not None) as training:
-        if threshold is None:  # just above the k-th
-            largest = max(float(values.detach().abs().max()) for values in training.parameters())
-            threshold = float(np.nextafter(np.float32(largest), np.float32(np.inf)))
-        state = SaRASchedule(
-            training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed
+    if threshold is not None:
+        selection = smaller_than(model, threshold, head, exclude)
+    elif budget is not None:
+        selection = smallest(model, budget, head, exclude)
+        threshold = _above(model, selection)
+    rate = learning_rate(threshold) if lr is None else lr
+    check_options("SaRA", epochs=epochs, lr=rate, lr_head=lr_head, weight_decay=weight_decay)
+    check_selection(model, selection, head=head)
+    if lam and not any(len(selection.indices[n]) > FEWEST for n in ranked(selection, min_side)):
+        raise ValueError(
+            f"lam={lam} weighs the nuclear norm of a matrix, but none has more than {FEWEST} "
+            f"selected weights and both sides over {min_side}; lower min_side, or give lam=0"
         )
-        rate = learning_rate(threshold) if lr is None else lr
-        common: Group = {"weight_decay": weight_decay, "schedule": schedule}
-        groups: list[Group] = [{"params": training.parameters(), "lr": rate, **common}]
-        groups += head_group(training.dense_parameters(), rate, lr_head, **common)
-        yield Phase(
-            "SaRA",
-            groups,
-            epochs,
-            penalty=state.penalty if lam else None,
-            before_step=state.check,
-            after_step=state.update,
-            selection=selection if reselect is None else None,
-        )
+
+    def phases() -> Generator[Phase, None, None]:
+        with MaskedTraining(model, selection, head=head, shrinks=reselect is not None) as training:
+            state = SaRASchedule(
+                training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed
+            )
+            common: Group = {"weight_decay": weight_decay, "schedule": schedule}
+            groups: list[Group] = [{"params": training.parameters(), "lr": rate, **common}]
+            groups += head_group(training.dense_parameters(), rate, lr_head, **common)
+            yield Phase(
+                "SaRA",
+                groups,
+                epochs,
+                penalty=state.penalty if lam else None,
+                before_step=state.find_step,
+                after_step=state.update,
+                selection=selection if reselect is None else None,
+            )
+
+    return Phases(phases())
+
+
+def _above(model: nn.Module, selection: Selection) -> float:
+    """The float32 number just above the largest selected |w|."""
+    named = named_parameters(model)
+    largest = max(
+        float(named[name].detach().reshape(-1)[index.to(named[name].device)].abs().max())
+        for name, index in selection.indices.items()
+    )
+    return float(np.nextafter(np.float32(largest), np.float32(np.inf)))

@@ -1,8 +1,8 @@
-"""SoRA (Ding et al. 2023, arXiv 2311.11696, EMNLP): LoRA with a gate on every rank, driven to zero by a proximal step.
+"""SoRA (Ding et al. 2023, arXiv 2311.11696, EMNLP): LoRA with a gate on every rank.
 
-y = W0 x + (alpha/r) B (g * A x). It adds a low-rank update and selects among *its* ranks, none of
-the model's own weights: the book has it as a contrast, and because tutorials cite its number for
-SaRA.
+y = W0 x + (alpha/r) B (g * A x), and a proximal step drives gates to zero. It adds a low-rank
+update and selects among *its* ranks, not among the model's own weights: the book has it as a
+contrast, and because tutorials cite its number for SaRA.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..layers.small import attach_module, find_layers, linear_weights, merge_adapters
-from ..params import head_weights, in_masked_training
-from ..training import Phase, Schedule, constant, head_group
+from ..params import head_weights, in_masked_training, named_parameters, unwrap
+from ..training import Phase, Phases, Schedule, Step, check_options, constant, head_group
 
 
 class GatedLowRank(nn.Module):
-    """A small module (alpha/r) B (g * A x), with A (r, d_in) drawn as in LoRA, B zero and g (r,) drawn from N(0, 1)."""
+    """A small module (alpha/r) B (g * A x): A (r, d_in) as in LoRA, B zero, g (r,) from N(0, 1)."""
 
     kind = "sora"
 
@@ -46,11 +46,10 @@ class GatedLowRank(nn.Module):
         return y + update.to(y.dtype)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """A plain LoRA of scaling 1 without the closed ranks: A' = (alpha/r) g A and B, detached."""
+        """A plain LoRA of scaling 1 without closed ranks: A' = (alpha/r) g A and B, detached."""
         opened = self.gate.detach() != 0
-        return self.scaling * self.gate.detach()[opened, None] * self.A.detach()[
-            opened
-        ], self.B.detach()[:, opened]
+        gate = self.gate.detach()[opened, None]
+        return self.scaling * gate * self.A.detach()[opened], self.B.detach()[:, opened]
 
     def difference(self) -> Tensor:
         """(alpha/r) B diag(g) A, (d_out, d_in)."""
@@ -59,10 +58,10 @@ class GatedLowRank(nn.Module):
 
 
 class SoRA:
-    """Gated low-rank updates beside a model's matrices; leaving merges them, and the model is an ordinary one again.
+    """Gated low-rank updates of a model's matrices; leaving merges them into the weights.
 
-    Inside, ``model.parameters()`` that require gradients are the factors, the gates and the task
-    head.
+    Inside, the parameters of the model that require gradients are the factors, the gates and the
+    task head.
 
     Parameters
     ----------
@@ -70,20 +69,20 @@ class SoRA:
         The model, changed in place until the context is left (or `close` is called). Its own
         weights are frozen.
     rank
-        r of every update.
+        Rank r of every update.
     alpha
         The updates are scaled by alpha / r.
     targets
         As in `linear_weights`: ends of module names, or None for all.
     head
-        As in `weights`; trained beside the updates.
+        As in `weights`; trained as well.
     seed
-        Of the CPU generator that draws A and the gates.
+        Seed of the CPU generator that draws A and the gates.
 
     Attributes
     ----------
     updates
-        ``{name of the weight: GatedLowRank}``, in float32 (float64 beside float64 weights), on the
+        ``{name of the weight: GatedLowRank}``, in float32 (float64 for float64 weights), on the
         weight's device.
     closed
         Whether the updates were merged.
@@ -91,9 +90,9 @@ class SoRA:
     Raises
     ------
     ValueError
-        If a target names nothing or what has no low-rank update, the rank is no int between 1 and a
-        matrix's smaller side, or the model is already in masked or SoRA training. The model is
-        unchanged.
+        If a target names nothing or a layer that cannot have an update, the rank is not an int
+        between 1 and a matrix's smaller side, or the model is already in masked or SoRA training.
+        The model is unchanged.
     """
 
     def __init__(
@@ -114,14 +113,15 @@ class SoRA:
         heads = head_weights(model, head)
         self.model, self.closed = model, False
         self.updates: dict[str, GatedLowRank] = {}
-        paths = {module: path for path, module in model.named_modules()}
+        paths = {module: path for path, module in unwrap(model).named_modules()}
         self._paths = {
             name: [paths[layer] for layer in layers] for name, (layers, _, _) in places.items()
         }
         self._dense = list(heads.values())
-        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in heads)
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        for name, p in named_parameters(model).items():
+            if p.requires_grad != (name in heads):  # quantized tensors cannot be asked to
+                p.requires_grad_(name in heads)
             p.grad = None
         generator = torch.Generator().manual_seed(seed)
         for name, (layers, d_in, d_out) in places.items():
@@ -147,7 +147,7 @@ class SoRA:
         return {name: int(update.gate.count_nonzero()) for name, update in self.updates.items()}
 
     def prune(self) -> None:
-        """Remove closed ranks; outputs stay the same. A gate may open again, so prune when training is over."""
+        """Remove closed ranks; outputs stay the same. Prune last: a gate may open again."""
         for update in self.updates.values():
             opened = update.gate.detach() != 0
             update.A = nn.Parameter(update.A.detach()[opened])
@@ -155,7 +155,9 @@ class SoRA:
             update.gate = nn.Parameter(update.gate.detach()[opened])
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The update as a plain LoRA without closed ranks, in peft's names; also after closing. The head is not in it.
+        """The update as a plain LoRA without closed ranks, in peft's names and without the head.
+
+        It works after closing, too.
 
         Returns
         -------
@@ -189,14 +191,15 @@ class SoRA:
         }
 
     def close(self) -> None:
-        """Merge the updates into the weights and make the model an ordinary one again; twice does nothing."""
+        """Merge the updates into the weights and restore the flags; twice does nothing."""
         if self.closed:
             return
         self.closed = True
         # (eq-sora-merge)  W = W0 + (alpha/r) B diag(g) A
         merge_adapters(self.model, list(self.updates))
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(self._flags[name])
+        for p, flag in self._flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
 
     def __enter__(self) -> SoRA:
         return self
@@ -206,13 +209,13 @@ class SoRA:
 
 
 def soft_threshold(x: Tensor, xi: float) -> Tensor:
-    """The proximal operator of xi |x|_1 (SoRA, eq. of the update; the authors' code zeroes all |x| < 2 xi)."""
+    """The proximal operator of xi |x|_1 (the paper's; the authors' code zeroes all |x| < 2 xi)."""
     # (eq-prox)  prox(x) = sign(x) max(|x| - xi, 0)
     return x.sign() * (x.abs() - xi).clamp(min=0)
 
 
 def staircase(start: float, stages: int) -> Schedule:
-    """A schedule for lambda: from `start` (a fraction, 0 in the authors' code) to 1 in equal stages (theirs: 7)."""
+    """A schedule for lambda: from the fraction `start` to 1 in equal stages (authors: 0 and 7)."""
     if not 0 <= start <= 1 or stages < 2:
         raise ValueError(f"start={start} must be in [0, 1] and stages={stages} at least 2")
     return lambda progress: (
@@ -221,7 +224,20 @@ def staircase(start: float, stages: int) -> Schedule:
 
 
 class Proximal:
-    """The proximal step on the gates, after the optimizer's; `path` keeps ``xi`` and the number of open ranks."""
+    """The proximal step on the gates, after the optimizer's.
+
+    Parameters
+    ----------
+    gates
+        Vectors of one parameter group.
+    lam, schedule, xi
+        As in `sora`.
+
+    Attributes
+    ----------
+    path
+        ``xi`` and the number of ``open`` ranks after every step.
+    """
 
     def __init__(
         self, gates: Sequence[nn.Parameter], lam: float, schedule: Schedule, xi: float | None
@@ -230,13 +246,12 @@ class Proximal:
         self.path: list[dict[str, float]] = []
 
     @torch.no_grad()
-    def after_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, step: Step) -> None:
         """Shrink every gate, by lr * lambda, or by the fixed xi."""
-        lr = next(
-            g["lr"] for g in optimizer.param_groups if any(p is self.gates[0] for p in g["params"])
-        )
+        groups = step.optimizer.param_groups
+        lr = next(g["lr"] for g in groups if any(p is self.gates[0] for p in g["params"]))
         # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
-        xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(progress)
+        xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(step.progress)
         for gate in self.gates:
             gate.copy_(soft_threshold(gate, xi))
         self.path.append(
@@ -255,16 +270,16 @@ def sora(
     xi: float | None = None,
     weight_decay: float = 0.1,
     clip: float | None = 0.1,
-) -> Generator[Phase, None, None]:
-    """A method: train factors and gates with a proximal step on the gates, prune closed ranks, merge.
+) -> Phases:
+    """A method: train factors and gates, with a proximal step on the gates; prune and merge.
 
     Parameters
     ----------
     update
-        The updates of a model, ``SoRA(model, ...)``; closed when the iteration ends. Its `export`
-        works after that.
+        The updates of a model, ``SoRA(model, ...)``; closed when training ends. Its `export` works
+        after that.
     lr, lr_head
-        Of factors and gates, and of the head (default: the same).
+        Learning rates of factors and gates, and of the head (default: the same).
     epochs
         Passes over the batches.
     lam
@@ -275,32 +290,39 @@ def sora(
     xi
         A fixed threshold in place of lr * lambda, whatever the rate, as in the authors' code.
     weight_decay
-        Of factors and head, not of gates.
+        Decay of factors and head, not of gates.
     clip
         As in `Phase`.
 
-    Yields
-    ------
-    Phase
-        One, whose ``after_step`` is `Proximal.after_step`.
+    Returns
+    -------
+    Phases
+        One phase, ``"SoRA"``, whose ``after_step`` is `Proximal.after_step`.
 
     Raises
     ------
-    ValueError
-        If `update` was closed before, or lam or xi is negative.
+    TypeError, ValueError
+        If `update` was closed before; for a bad option, after which it is closed.
     """
     if update.closed:
-        raise ValueError(
-            "update is closed: its model is an ordinary one again; make a new SoRA(model, ...)"
-        )
-    with update:
+        raise ValueError("update is closed, merged into its model; make a new SoRA(model, ...)")
+    try:
         if not lam >= 0 or (xi is not None and not xi >= 0):
             raise ValueError(f"lam={lam} and xi={xi} must not be negative")
-        proximal = Proximal(update.gates(), lam, lam_schedule, xi)
-        groups = [
-            {"params": update.factors(), "lr": lr, "weight_decay": weight_decay},
-            {"params": update.gates(), "lr": lr, "weight_decay": 0.0},
-            *head_group(update.dense_parameters(), lr, lr_head, weight_decay=weight_decay),
-        ]
-        yield Phase("SoRA", groups, epochs, after_step=proximal.after_step, clip=clip)
-        update.prune()
+        check_options("SoRA", epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+    except (TypeError, ValueError):
+        update.close()  # so that sora(SoRA(model), ...) leaves the model as it was
+        raise
+    proximal = Proximal(update.gates(), lam, lam_schedule, xi)
+
+    def phases() -> Generator[Phase, None, None]:
+        with update:
+            groups = [
+                {"params": update.factors(), "lr": lr, "weight_decay": weight_decay},
+                {"params": update.gates(), "lr": lr, "weight_decay": 0.0},
+                *head_group(update.dense_parameters(), lr, lr_head, weight_decay=weight_decay),
+            ]
+            yield Phase("SoRA", groups, epochs, after_step=proximal.after_step, clip=clip)
+            update.prune()
+
+    return Phases(phases())

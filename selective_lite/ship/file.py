@@ -65,7 +65,8 @@ def write(
 
 def _ordered(content: bytes) -> bytes:
     """The same file with its metadata in order: safetensors writes them in any, so that equal
-    deltas would not be equal files."""
+    deltas would not be equal files.
+    """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -11,7 +11,7 @@ import selective_lite as sl
 from selective_lite.layers.small import (
     adapter_parameters,
     adapter_size,
-    attach,
+    attach_module,
     find_layers,
     linear_sizes,
     linear_weights,
@@ -58,7 +58,8 @@ def test_new_modules_change_nothing_and_leave_every_name(build, batches, name, k
     assert list(made) == names
     assert torch.equal(logits(model, batch), expected)
     assert [key for key in model.state_dict() if ".adapter." not in key] == keys
-    assert all(torch.equal(model.get_parameter(n), p) for n, p in before.items())
+    now = sl.snapshot(model)
+    assert all(torch.equal(now[n], p) for n, p in before.items())
     assert {n: id(m) for n, m in sl.adapters(model).items()} == {n: id(m) for n, m in made.items()}
     stir(model)
     assert not torch.allclose(logits(model, batch), expected)
@@ -286,7 +287,7 @@ def test_a_module_of_ones_own_is_attached_and_merges_with_one_rounding(name):
     weight, keys, module = model[0].weight.detach().clone(), list(model.state_dict()), Product()
     ((layers, d_in, d_out),) = find_layers(model, {"0.weight": 1}).values()
     assert (layers, d_in, d_out) == ([model[0]], 3, 4)
-    attach(layers, module)
+    attach_module(layers, module)
     assert model(torch.randn(2, 3).bfloat16()).dtype == torch.bfloat16
     assert sl.adapters(model) == {"0.weight": module}
     with pytest.raises(
@@ -483,7 +484,7 @@ def _plain(d_in=3, d_out=4):
         (
             lambda: (_plain()[0], "0.wieght"),
             {},
-            "'rest.0.wieght', which is no parameter of this model",
+            "'rest.0.wieght', which is not a parameter of this model",
         ),
         (
             lambda: (_plain()[0], "0.bias"),

@@ -1,4 +1,4 @@
-"""Calibration: it watches the m-th gate, leads it along its line, and leaves enough gates open."""
+"""Calibration: it leads the marginal gate along a line, and leaves enough gates open."""
 
 import math
 
@@ -9,6 +9,7 @@ import selective_lite as sl
 from selective_lite.methods.diff_pruning import Relaxed
 from selective_lite.methods.diff_pruning import calibration as module
 from selective_lite.methods.diff_pruning.calibration import Calibration
+from selective_lite.training import Step
 
 
 def scattered(model, **options):
@@ -67,18 +68,19 @@ def test_the_line_leads_from_the_start_to_a_margin_above_the_threshold(build):
 def test_lambda_is_the_formula_s_and_brakes_on_momentum_before_the_line_is_crossed(build):
     relaxed = Relaxed(build("toy"))
     calibration = Calibration(relaxed, 5, lam=1e-6)
+    optimizer = torch.optim.SGD(relaxed.parameters())
     expected, summed, before = 1e-6, 0.0, 5.0
-    for progress, place in ((0.1, 5.0), (0.2, 4.9), (0.3, 4.5), (0.5, 3.5), (1.0, 1.2)):
+    for step, place in ((1, 5.0), (2, 4.9), (3, 4.5), (5, 3.5), (10, 1.2)):
         assert calibration.penalty().item() == pytest.approx(
             expected * relaxed.expected_l0().item(), rel=1e-5
         )
         with torch.no_grad():
             for log_alpha in relaxed.log_alpha:
                 log_alpha.fill_(place)
-        calibration.update(progress)
-        error = place + 9 * (place - before) - (5 - 4 * progress)
+        calibration.update(Step(step, 10, optimizer))
+        error = place + 9 * (place - before) - (5 - 4 * step / 10)
         error = max(-3.0, min(1.5, error))
-        share = 0.5 if progress == 1.0 else 0.2 if progress == 0.5 else 0.1
+        share = {5: 0.2, 10: 0.5}.get(step, 0.1)
         summed, before = summed + error * share, place
         expected = 1e-6 * math.exp(2 * error + 10 * summed)
         assert calibration.lam == pytest.approx(expected, rel=1e-4)

@@ -1,8 +1,9 @@
-"""Diff Pruning: gated differences, the penalty and its limits, and exactly k changed weights at the end."""
+"""Diff Pruning: gated differences, the penalty and its limits, exactly k changed weights."""
 
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import selective_lite as sl
 from selective_lite.methods.diff_pruning import Relaxed, diff_pruning
@@ -252,13 +253,14 @@ def test_exactly_k_weights_differ_at_the_end(build, batches, kind, groups, penal
     data, loss = (
         (points(), cross_entropy) if kind == "sequential" else (batches(kind, 4), sl.model_loss)
     )
+    head = () if kind == "sequential" else None
     before, keys = sl.snapshot(model), list(model.state_dict())
-    method = diff_pruning(model, 25, epochs=(3, 1), groups=groups, penalty=penalty, **ON_THE_WAY)
-    records = sl.fit(model, method, data, loss=loss)
+    options = {"groups": groups, "penalty": penalty, "head": head, **ON_THE_WAY}
+    records = sl.fit(model, diff_pruning(model, 25, epochs=(3, 1), **options), data, loss=loss)
 
     assert [r["phase"] for r in records] == ["relaxed"] * 12 + ["fixed mask"] * 4
-    assert sum(int((p != before[name]).sum()) for name, p in sl.weights(model).items()) == 25
-    assert all((p != before[name]).all() for name, p in sl.head_weights(model).items())
+    assert sum(int((p != before[n]).sum()) for n, p in sl.weights(model, head).items()) == 25
+    assert all((p != before[n]).all() for n, p in sl.head_weights(model, head).items())
     assert list(model.state_dict()) == keys
     assert not any(module.training for module in model.modules())
     assert records[0]["penalty"] > 0
@@ -270,10 +272,9 @@ def test_the_model_is_theta0_throughout_the_relaxed_phase_and_groups_have_their_
 ):
     model = build("bert")
     before = sl.snapshot(model)
-    method = diff_pruning(
-        model, 25, lr_w=1e-3, lr=2e-3, lr_alpha=0.3, lr_head=4e-3, epochs=(1, 1), groups="tensor"
-    )
-    relaxed = next(method)
+    rates = {"lr_w": 1e-3, "lr": 2e-3, "lr_alpha": 0.3, "lr_head": 4e-3}
+    phases = iter(diff_pruning(model, 25, **rates, epochs=(1, 1), groups="tensor"))
+    relaxed = next(phases)
     rates = {
         id(p): (group["lr"], group.get("schedule"))
         for group in relaxed.groups
@@ -287,17 +288,17 @@ def test_the_model_is_theta0_throughout_the_relaxed_phase_and_groups_have_their_
     sl.fit(model, [relaxed], batches("bert", 3))
     assert all(torch.equal(before[name], p) for name, p in sl.weights(model).items())
     assert all(p.grad is None for p in sl.weights(model).values())
-    fixed = next(method)
+    fixed = next(phases)
     assert fixed.selection.count == 25
     assert [group["lr"] for group in fixed.groups] == [2e-3, 4e-3]
-    method.close()
+    phases.close()
     assert sum(int((p != before[name]).sum()) for name, p in sl.weights(model).items()) == 25
 
 
 def test_too_strong_a_penalty_raises_and_leaves_theta0(build, batches):
     model = build("bert")
     before = sl.snapshot(model)
-    method = diff_pruning(model, 25, epochs=(1, 1), **ON_THE_WAY)
+    method = iter(diff_pruning(model, 25, epochs=(1, 1), **ON_THE_WAY))
 
     def phases():
         phase = next(method)
@@ -316,22 +317,364 @@ def test_too_strong_a_penalty_raises_and_leaves_theta0(build, batches):
 
 
 @pytest.mark.parametrize(
-    ("budget", "error"),
-    [(True, TypeError), (0, ValueError), (1.5, ValueError), (10**9, ValueError)],
+    ("options", "error", "message"),
+    [
+        ({"budget": True}, TypeError, "budget=True"),
+        ({"budget": 0}, ValueError, "budget=0"),
+        ({"budget": 1.5}, ValueError, "budget=1.5"),
+        ({"budget": 10**9}, ValueError, "budget=1000000000"),
+        ({"epochs": 3}, ValueError, "epochs=3 must be a pair"),
+        ({"epochs": (1, 1, 1)}, ValueError, r"epochs=\(1, 1, 1\) must be a pair"),
+        ({"epochs": (0, 1)}, ValueError, "epochs=0 of phase 'relaxed'"),
+        ({"epochs": (1, 0)}, ValueError, "epochs=0 of phase 'fixed mask'"),
+        ({"lr_w": -1.0}, ValueError, "lr_w=-1.0"),
+        ({"lr_alpha": float("nan")}, ValueError, "lr_alpha=nan"),
+        ({"lr": "fast"}, TypeError, "lr='fast'"),
+        ({"lr_head": float("inf")}, ValueError, "lr_head=inf"),
+        ({"lam": 0.0}, ValueError, "lam=0 must be positive"),
+        ({"lam": -1.0}, ValueError, "lam=-1.0"),
+        ({"groups": "row"}, ValueError, "groups='row' is unknown"),
+        ({"groups": "head"}, ValueError, r"needs model\.config\.num_attention_heads"),
+        ({"groups": lambda model, weights: {}}, ValueError, "groups gave None"),
+        ({"penalty": "mean"}, ValueError, "penalty='mean' is unknown"),
+        ({"stretch": (0.0, 1.1)}, ValueError, "must have l < 0 and r > 1"),
+        ({"head": ("clasifier",)}, ValueError, "names no parameter"),
+    ],
 )
-def test_a_bad_budget_raises_before_a_step(build, batches, budget, error):
+def test_a_bad_argument_raises_at_the_call(build, options, error, message):
     model = build("toy")
-    with pytest.raises(error, match="budget="):
-        sl.fit(model, diff_pruning(model, budget, epochs=(1, 1), **ON_THE_WAY), batches("toy", 1))
-    assert not any(module.training for module in model.modules())
+    before = sl.snapshot(model)
+    with pytest.raises(error, match=message):
+        diff_pruning(model, **{"budget": 5, "epochs": (1, 1), **ON_THE_WAY, **options})
+    assert all(
+        torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_gates_have_the_dtype_of_the_model(build, batches, dtype):
-    relaxed = Relaxed(build("bert").to(dtype), groups="head").train()
-    assert {p.dtype for p in relaxed.parameters()} == {dtype}
-    relaxed(**batches("bert", 1)[0]).loss.backward()
-    assert relaxed.log_alpha_group.grad.dtype == dtype
+def begun(model, budget=5, **options):
+    """The relaxed phase of a method, its gates and differences at random places; and the rest."""
+    options = {"epochs": (1, 1), "head": (), **ON_THE_WAY, **options}
+    rest = iter(diff_pruning(model, budget, **options))
+    phase = next(rest)
+    settle(phase.model)
+    return phase, rest
+
+
+def drawn(relaxed, seed):
+    """The first noise of a seed: for the groups' gates, if any, then for every weight's."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = relaxed.log_alpha_group
+    locations = [*([] if shared is None else [shared]), *relaxed.log_alpha]
+    return [torch.rand(p.shape, generator=generator) for p in locations]
+
+
+STRETCHES = pytest.mark.parametrize("stretch", [(-1.5, 1.5), (-0.1, 1.1), (-0.5, 2.0)])
+
+
+@STRETCHES
+@pytest.mark.parametrize("groups", [None, "tensor"])
+def test_gates_are_drawn_from_the_seed_at_beta_one_within_the_stretch(stretch, groups):
+    phase, _ = begun(sequential(), groups=groups, stretch=stretch, seed=7)
+    relaxed = phase.model.train()
+    noise = iter(drawn(relaxed, 7))
+
+    def gate(log_alpha):
+        return sl.hard_concrete(log_alpha, next(noise), beta=1.0, stretch=stretch, eps=1e-4)
+
+    group = torch.ones(4) if groups is None else gate(relaxed.log_alpha_group)
+    found = list(relaxed.differences().values())
+    for i, (w, log_alpha) in enumerate(zip(relaxed.w, relaxed.log_alpha, strict=True)):
+        torch.testing.assert_close(found[i], gate(log_alpha) * w * group[i])
+
+
+@pytest.mark.parametrize(("u", "bound"), [(1.0, -9.2102), (0.0, 9.2102)])
+def test_noise_ends_where_the_authors_end_it(monkeypatch, u, bound):
+    # The authors keep u in [1e-4, 1 - 1e-4]: the noise log u - log(1 - u) ends at +-9.2102.
+    phase, _ = begun(sequential())
+    relaxed = phase.model.train()
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(tuple(shape), u))
+    opened = []
+    for location in (bound - 0.01, bound + 0.01):
+        with torch.no_grad():
+            for log_alpha in relaxed.log_alpha:
+                log_alpha.fill_(location)
+        opened.append(sum(int(d.count_nonzero()) for d in relaxed.differences().values()))
+    assert opened == [0, sum(w.numel() for w in relaxed.w)]
+
+
+@STRETCHES
+@pytest.mark.parametrize(
+    ("groups", "penalty"), [(None, "product"), ("tensor", "product"), ("tensor", "sum")]
+)
+def test_the_penalty_of_the_phase_is_lambda_times_the_expected_l0(stretch, groups, penalty):
+    options = {"groups": groups, "penalty": penalty, "stretch": stretch, "lam": 0.25}
+    phase, _ = begun(sequential(), **options)
+    relaxed = phase.model
+
+    def p(log_alpha):
+        # P(z > 0) by the noise: u is uniform, and z > 0 where its logit is above the shift.
+        left, right = stretch
+        grid = (torch.arange(20_000) + 0.5) / 20_000
+        shift = log_alpha.detach().flatten()[:, None]
+        s = torch.sigmoid(torch.logit(grid) + shift)
+        return (s * (right - left) + left > 0).double().mean(1).view(log_alpha.shape)
+
+    single = [p(log_alpha) for log_alpha in relaxed.log_alpha]
+    expected = sum(each.sum() for each in single)
+    if groups is not None:
+        group = p(relaxed.log_alpha_group)
+        product = sum(each.sum() * shared for each, shared in zip(single, group, strict=True))
+        expected = product if penalty == "product" else expected + group.sum()
+    assert phase.penalty().item() == pytest.approx(0.25 * expected.item(), rel=2e-4)
+
+
+def nothing(model, batch):
+    """A loss whose gradient is zero everywhere."""
+    return 0 * cross_entropy(model, batch)
+
+
+@pytest.mark.parametrize("groups", [None, "tensor"])
+def test_without_a_gradient_nothing_moves_and_what_was_learned_is_kept(groups):
+    # AdamW, whose own default is to decay all that it trains.
+    model, k = sequential(), 20
+    before = sl.snapshot(model)
+    phase, rest = begun(model, k, groups=groups, lam=1e-35, head=("2",))
+    if groups is not None:
+        with torch.no_grad():
+            phase.model.log_alpha_group.copy_(torch.tensor([0.5, 2.0]))
+    trained = list(phase.model.parameters())
+    starts = [p.detach().clone() for p in trained]
+    sl.fit(model, [phase], points(), loss=nothing)
+    assert all(torch.equal(p, start) for p, start in zip(trained, starts, strict=True))
+
+    with torch.no_grad():
+        delta = phase.model.eval().differences()
+    every = torch.cat([d.abs().flatten() for d in delta.values()])
+    least = every.sort(descending=True).values[k - 1]
+    assert int((every >= least).sum()) == k
+    sl.fit(model, rest, points(), loss=nothing)
+    for name, p in model.named_parameters():
+        kept = torch.where(delta[name].abs() >= least, delta[name], 0) if name in delta else 0
+        assert torch.equal(p, before[name] + kept), name
+
+
+def test_a_location_at_the_threshold_is_closed():
+    phase, _ = begun(sequential())
+    with torch.no_grad():
+        for log_alpha in phase.model.log_alpha:
+            log_alpha.fill_(phase.model.threshold)
+    assert phase.model.count_open() == 0
+    with pytest.raises(ValueError, match="only 0 differences passed their gates"):
+        phase.model.project(1)
+
+
+def test_the_seed_decides_what_is_trained():
+    def trained(seed):
+        model = sequential()
+        method = diff_pruning(model, 20, epochs=(2, 1), seed=seed, head=(), **ON_THE_WAY)
+        return [record["loss"] for record in sl.fit(model, method, points(), loss=cross_entropy)]
+
+    assert trained(1) == trained(1) != trained(2)
+
+
+def test_a_function_groups_the_gates():
+    model = sequential()
+
+    def by_row(model, weights):
+        rows = [torch.arange(len(p)) for p in weights.values()]
+        return {
+            name: ids if p.dim() == 1 else ids[:, None]
+            for ids, (name, p) in zip(rows, weights.items(), strict=True)
+        }
+
+    phase, _ = begun(model, groups=by_row)
+    relaxed = phase.model.eval()
+    assert len(relaxed.log_alpha_group) == 8
+    with torch.no_grad():
+        relaxed.log_alpha_group.copy_(torch.where(torch.arange(8) == 2, 9.0, -9.0))
+        for log_alpha in relaxed.log_alpha:
+            log_alpha.fill_(9.0)
+    delta = relaxed.differences()
+    assert torch.equal(delta["0.weight"].any(1), torch.arange(8) == 2)
+
+
+def test_what_the_user_froze_stays_frozen_and_has_no_gate(build, batches):
+    model = build("bert")
+    model.bert.embeddings.requires_grad_(False)
+    before = sl.snapshot(model)
+    phases = iter(diff_pruning(model, 25, epochs=(3, 1), **ON_THE_WAY))
+    relaxed = next(phases)
+    assert list(relaxed.model.names) == list(sl.weights(model))
+    assert not any("embeddings" in name for name in relaxed.model.names)
+
+    def method():
+        yield relaxed
+        yield from phases
+
+    sl.fit(model, method(), batches("bert", 4))
+    moved = {n: int((p != before[n]).sum()) for n, p in model.named_parameters()}
+    assert sum(moved[name] for name in sl.weights(model)) == 25
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in moved if "embeddings" in name}
+    assert not any(moved[name] for name in frozen)
+
+
+@pytest.mark.parametrize("groups", [None, "layer"])
+def test_what_is_excluded_stays_as_it_was_and_counts_in_the_total(build, batches, groups):
+    model, out = build("bert"), ("bert.embeddings", "bert.encoder.layer.1")
+    before = sl.snapshot(model)
+    options = {"groups": groups, "exclude": out, **ON_THE_WAY}
+    phases = diff_pruning(model, 0.01, epochs=(3, 1), **options)
+    found = []
+
+    def watched():
+        for phase in phases:
+            found.append(phase.selection)
+            yield phase
+
+    sl.fit(model, watched(), batches("bert", 4))
+    candidates = sl.weights(model)
+    k = sl.resolve_budget(0.01, sum(p.numel() for p in candidates.values()))
+    moved = {name: int((p != before[name]).sum()) for name, p in candidates.items()}
+    assert sum(moved.values()) == k == found[1].count
+    assert not any(count for name, count in moved.items() if name.startswith(out))
+    assert list(found[1].shapes) == list(candidates)
+    assert found[1].method == "Diff Pruning"
+
+
+def test_an_exclusion_that_leaves_too_little_raises(build):
+    model = build("toy")
+    with pytest.raises(ValueError, match="exclude='embeding' names no parameter"):
+        diff_pruning(model, 5, epochs=(1, 1), exclude="embeding", **ON_THE_WAY)
+    everything = ("embedding", "first", "norm", "second")
+    with pytest.raises(ValueError, match="leaves no weight to gate"):
+        diff_pruning(model, 5, epochs=(1, 1), exclude=everything, **ON_THE_WAY)
+    few = ("embedding", "first", "second")
+    with pytest.raises(ValueError, match="asks for 15 weights, but only 14 are not excluded"):
+        diff_pruning(model, 15, epochs=(1, 1), exclude=few, **ON_THE_WAY)
+
+
+def test_a_tensor_that_cannot_be_selected_in_part_is_refused_by_name_and_can_be_excluded():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 3))
+    options = {"epochs": (1, 1), "head": (), **ON_THE_WAY}
+    with pytest.raises(ValueError, match=r"'0\.weight' is an embedding with max_norm"):
+        diff_pruning(model, 5, **options)
+    phase = next(iter(diff_pruning(model, 5, exclude="0", **options)))
+    assert phase.model.names == ["1.weight", "1.bias"]
+
+
+def test_a_model_in_masked_training_is_refused(build, pick):
+    model = build("toy")
+    with sl.masked(model, pick(model)), pytest.raises(ValueError, match="already in masked"):
+        diff_pruning(model, 5, epochs=(1, 1), **ON_THE_WAY)
+
+
+def test_a_model_without_values_is_refused(build):
+    model = build("toy").to("meta")
+    with pytest.raises(ValueError, match=r"'embedding\.weight' is on the meta device"):
+        diff_pruning(model, 5, epochs=(1, 1), **ON_THE_WAY)
+
+
+def compiled_as_a_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_part(model):
+    model.first = torch.compile(model.first, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled_as_a_whole, compiled_in_part])
+def test_a_compiled_model_is_trained_as_the_plain_one_is(build, batches, wrap):
+    plain, other = build("toy"), build("toy")
+    wrapped = wrap(other)
+    for model in (plain, wrapped):
+        torch.manual_seed(3)  # dropout
+        method = diff_pruning(model, 25, epochs=(3, 1), groups="tensor", **ON_THE_WAY)
+        sl.fit(model, method, batches("toy", 4))
+    before = dict(sl.weights(build("toy")))
+    assert list(sl.weights(wrapped)) == list(before)
+    for name, p in sl.weights(wrapped).items():
+        assert torch.equal(p, plain.get_parameter(name)), name
+    assert sum(int((p != before[n]).sum()) for n, p in sl.weights(wrapped).items()) == 25
+
+
+def test_a_weight_need_not_be_contiguous():
+    model = sequential()
+    turned = torch.randn(6, 8).t()
+    model[0].weight = nn.Parameter(turned)
+    assert not model[0].weight.is_contiguous()
+    before = sl.snapshot(model)
+    method = diff_pruning(model, 20, epochs=(2, 1), head=(), **ON_THE_WAY)
+    sl.fit(model, method, points(), loss=cross_entropy)
+    assert sum(int((p != before[n]).sum()) for n, p in model.named_parameters()) == 20
+
+
+def test_a_model_in_several_processes_is_refused():
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        model = nn.parallel.DistributedDataParallel(sequential())
+        with pytest.raises(ValueError, match="would not average the gradients of differences"):
+            begun(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_method_is_used_once(build, batches):
+    model = build("toy")
+    method = diff_pruning(model, 5, epochs=(1, 1), **ON_THE_WAY)
+    sl.fit(model, method, batches("toy", 4))
+    with pytest.raises(ValueError, match="used"):
+        sl.fit(model, method, batches("toy", 4))
+
+
+@pytest.mark.parametrize("kind", ["toy", "bert"])
+def test_a_model_that_was_frozen_as_a_whole_is_trained_and_frozen_again(build, batches, kind):
+    model = build(kind).requires_grad_(False)
+    before = sl.snapshot(model)
+    sl.fit(model, diff_pruning(model, 25, epochs=(3, 1), **ON_THE_WAY), batches(kind, 4))
+    assert sum(int((p != before[name]).sum()) for name, p in sl.weights(model).items()) == 25
+    assert all((p != before[name]).all() for name, p in sl.head_weights(model).items())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_head_is_trained_during_the_relaxed_phase_of_a_frozen_model(build, batches):
+    model = build("bert").requires_grad_(False)
+    before = sl.snapshot(model)
+    phases = iter(diff_pruning(model, 25, epochs=(1, 1), **ON_THE_WAY))
+    sl.fit(model, [next(phases)], batches("bert", 1))
+    assert all((p != before[name]).all() for name, p in sl.head_weights(model).items())
+    phases.close()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_trained_is_float32_at_least_and_the_model_keeps_its_dtype(build, batches, dtype):
+    model = build("bert").to(dtype)
+    relaxed = Relaxed(model, groups="head").train()
+    trained = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    own = [*relaxed.w, *relaxed.log_alpha, relaxed.log_alpha_group, *relaxed.head]
+    assert {p.dtype for p in own} == {trained}
+    output = relaxed(**batches("bert", 1)[0])
+    assert output.logits.dtype == dtype
+    output.loss.backward()
+    assert all(p.grad.dtype == trained for p in own)
+
+
+def test_steps_of_a_half_precision_head_add_up(build, batches):
+    model = build("bert").bfloat16()
+    start, rate = 0.02, 1e-5
+    with torch.no_grad():
+        model.classifier.weight.fill_(start)
+        assert not (model.classifier.weight + rate != model.classifier.weight).any()
+    rates = {**ON_THE_WAY, "lr_head": rate}
+    phases = iter(diff_pruning(model, 25, epochs=(60, 1), **rates))
+    sl.fit(model, [next(phases)], batches("bert", 1))
+    next(phases)  # the head is in the model again
+    assert (model.classifier.weight != torch.tensor(start).bfloat16()).any()
+    phases.close()
+    assert model.classifier.weight.dtype == torch.bfloat16
 
 
 def test_gates_of_groups_need_one_dtype(build):

@@ -1,4 +1,4 @@
-"""Hard-Concrete gates: exact zeros and ones, the closed form against sampling, and the gradient by hand."""
+"""Hard-Concrete gates: exact zeros and ones, the closed form, and the gradient by hand."""
 
 import math
 
@@ -14,7 +14,7 @@ BETAS = st.floats(0.2, 2)
 
 
 def by_hand(log_alpha, u, beta, stretch):
-    """z, and its derivative 1[0 < s_bar < 1] (r - l) s (1 - s) / beta; s = sigmoid((logit u + log_alpha) / beta)."""
+    """The gate z, and its derivative 1[0 < s_bar < 1] (r - l) s (1 - s) / beta."""
     left, right = stretch
     s = 1 / (1 + torch.exp(-(u.log() - (1 - u).log() + log_alpha) / beta))
     stretched = s * (right - left) + left

@@ -1,11 +1,11 @@
-"""Groups: every weight belongs to one group, and a head's rows and columns are the ones the model computes with."""
+"""Groups: every weight is in one group, and a head's rows and columns are the model's own."""
 
 import pytest
 import torch
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.methods.diff_pruning.groups import by_head, by_layer, by_tensor
+from selective_lite.methods.diff_pruning.groups import by_head, by_layer, by_tensor, group_ids
 
 
 def spread(groups, model):
@@ -51,7 +51,7 @@ def test_layers_of_two_stacks_are_apart():
 
 
 def _heads_that_change(model, batch, change):
-    """Which heads' context changes in the first attention block when `change` is applied to the model."""
+    """Which heads' context in the first attention block changes when `change` is applied."""
     seen = []
     outputs = ("attention.output.dense", "self_attn.o_proj")
     module = next(m for n, m in model.named_modules() if n.endswith(outputs))
@@ -143,3 +143,21 @@ def test_group_numbers_are_on_the_cpu_whatever_the_default_device(build, groupin
     model = build("bert")
     torch.set_default_device("meta")
     assert {ids.device.type for ids in grouping(model, sl.weights(model)).values()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "groups gave None for 'weight'"),
+        (0, "groups gave 0 for 'weight'"),
+        (torch.tensor(0.0), "must give an int64 tensor"),
+        (torch.tensor([[-1]]), "group numbers from 0"),
+        (torch.zeros(4, dtype=torch.int64), r"ids of shape \(4,\) for 'weight'.*shape \(3, 2\)"),
+    ],
+)
+def test_a_function_that_gives_no_group_numbers_raises(given, message):
+    layer = nn.Linear(2, 3, bias=False)
+    with pytest.raises(ValueError, match=message):
+        group_ids(layer, sl.weights(layer), lambda model, weights: {"weight": given})
+    with pytest.raises(ValueError, match="groups gave None for 'weight'"):
+        group_ids(layer, sl.weights(layer), lambda model, weights: {})

@@ -83,8 +83,8 @@ def test_a_fraction_is_not_truncated():
     [
         (True, TypeError, "budget=True is a bool"),
         (False, TypeError, "budget=False is a bool"),
-        ("0.5", TypeError, "budget='0.5' is no number"),
-        (None, TypeError, "budget=None is no number"),
+        ("0.5", TypeError, "budget='0.5' is not a number"),
+        (None, TypeError, "budget=None is not a number"),
         (0, ValueError, r"budget=0 is outside \[1, 100\]"),
         (-3, ValueError, "budget=-3 is outside"),
         (101, ValueError, "budget=101 is outside"),

@@ -271,7 +271,7 @@ def test_what_is_excluded_scores_zero_and_the_rest_is_not_copied(build):
         assert torch.equal(scores[name], kept[name])
     assert not sl.exclude(scores, "bert.pooler")["bert.pooler.dense.weight"].any()
     with pytest.raises(
-        ValueError, match=r"frozen='bert.embed' names no parameter; give names or prefixes"
+        ValueError, match=r"exclude='bert.embed' names no parameter; give names or prefixes"
     ):
         sl.exclude(scores, ("bert.pooler", "bert.embed"))
 
@@ -360,12 +360,18 @@ def test_no_batch_raises(build, score):
 
 
 def test_a_loss_that_is_not_finite_is_named(build, batches):
-    with pytest.raises(
-        ValueError, match=r"scores\['embedding.weight'\] has a value that is not finite"
-    ):
+    with pytest.raises(ValueError, match="loss is nan in scoring; .* check this batch"):
         sl.squared_gradient(
             build("toy"), batches("toy", 1), loss=lambda m, b: m(**b).loss * float("nan")
         )
+
+
+def test_a_score_that_is_not_finite_is_named(build, batches):
+    model = build("toy")
+    with torch.no_grad():
+        model.embedding.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"scores\['embedding.weight'\] has a value that is not"):
+        sl.select(sl.magnitude(model), 5)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +418,16 @@ def test_a_tied_weight_is_scored_with_the_gradient_of_both_its_uses(build, batch
     assert abs(difference) == pytest.approx(float(found[position]), rel=1e-5)
 
 
-def test_samples_are_taken_of_mappings_only(build):
-    with pytest.raises(TypeError, match="batches holds a tuple; per-sample scores take mappings"):
-        sl.squared_gradient(build("toy"), [(torch.ones(2, 3), torch.ones(2))])
+def test_a_batch_may_be_a_tuple_where_the_loss_takes_one():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    loss = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    found = sl.squared_gradient(model, [(x, y)], loss=loss)["weight"]
+    mapped = sl.squared_gradient(
+        model, [{"x": x, "y": y}], loss=lambda m, b: loss(m, (b["x"], b["y"]))
+    )
+    assert torch.equal(found, mapped["weight"])
+    with pytest.raises(TypeError, match=r"holds a tuple, and model\(\*\*batch\) takes mappings"):
+        sl.squared_gradient(model, [(x, y)])
+    with pytest.raises(TypeError, match="holds a Tensor; per-sample scores take mappings, tuples"):
+        sl.squared_gradient(model, [x], loss=loss)

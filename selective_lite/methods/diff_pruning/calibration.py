@@ -1,49 +1,72 @@
-"""Calibration: Diff Pruning's penalty weight lambda, found while training so that just above k gates end open."""
+"""Calibration: find Diff Pruning's lambda in training, so that a little over k gates end open."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-SAMPLE = 1 << 20  # gates looked at in a step; of a larger model every n-th
+from ...training import Step
+
+# At most this many gates are inspected per step; larger models are subsampled.
+SAMPLE = 1 << 20
 
 
 class Gates(Protocol):
-    """What is calibrated, such as `Relaxed`: gates, their groups if any, and two counts."""
+    """A gated model that can be calibrated, such as `Relaxed`, which describes the attributes."""
 
-    log_alpha: nn.ParameterList
-    log_alpha_group: nn.Parameter | None
     group_ids: list[Tensor]
     threshold: float
 
+    @property
+    def log_alpha(self) -> Sequence[Tensor]: ...  # noqa: D102
+    @property
+    def log_alpha_group(self) -> Tensor | None: ...  # noqa: D102
     def expected_l0(self) -> Tensor: ...  # noqa: D102
     def count_open(self) -> int: ...  # noqa: D102
 
 
 class Calibration:
-    """Steer lambda by the gate on which the budget hangs: the m-th largest log_alpha, with m = slack * k.
+    """Control lambda with the marginal gate, the m-th largest log_alpha, with m = slack * k.
 
-    A count is a poor guide. Under a common penalty most gates fall side by side, and a count that
-    stood at N for half of the phase passes k within a step. The m-th gate's log_alpha falls
-    smoothly, and it is known at every moment how far it is from closing. It is led along a straight
-    line, from where all gates start to `margin` above the point where a deterministic gate closes:
-    then m gates are open at the end. In the structured variant the smaller of a weight's log_alpha
-    and its group's counts, since both must be open.
+    The number of open gates is a poor guide. Under a common penalty most gates have almost the same
+    log_alpha, so a count that stays at N for half of the phase can fall below k within a step. The
+    marginal gate's log_alpha falls smoothly, and its distance from closing is known at every step.
+    It is led along a straight line, from its start to `margin` above the point at which a
+    deterministic gate closes: then m gates are open at the end. In the structured variant the
+    smaller of a weight's log_alpha and its group's counts, since both gates must be open.
 
     lambda = lam * exp(gain * error + memory * (sum of errors, per unit of progress)). The error is
-    the distance to the line of the place where the gate would come to rest: an optimizer with
-    momentum carries it on for `horizon` more steps (Adam with beta1 = 0.9: 9).
+    measured where momentum will carry log_alpha, `horizon` steps ahead (Adam with beta1 = 0.9: 9),
+    and clamped to [-3, 1.5].
+
+    Parameters
+    ----------
+    gates
+        The gated model, such as `Relaxed`.
+    k
+        The number of weights that the projection will keep.
+    lam
+        Initial lambda, positive.
+    slack
+        m / k: more gates than k stay open, because some of their w are zero.
+    margin
+        Distance of the marginal gate above the threshold at the end.
+    gain, memory
+        Proportional and integral gain of the controller.
+    horizon
+        Number of steps to look ahead.
 
     Attributes
     ----------
     lam
         lambda now.
     path
-        A dict a step: ``lambda``, ``expected_l0``, ``open`` (gates), ``log_alpha`` (of the m-th
-        gate), ``target``.
+        One dict per step: ``lambda``, ``expected_l0``, ``open`` (the number of open gates),
+        ``log_alpha`` (the marginal gate's), ``target``.
     """
 
     def __init__(
@@ -72,7 +95,7 @@ class Calibration:
 
     @torch.no_grad()
     def marginal_log_alpha(self) -> float:
-        """The m-th largest log_alpha, a weight's or its group's, whichever is smaller."""
+        """The m-th largest log_alpha; a weight's is its group's if that is smaller."""
         group, alphas = self.gates.log_alpha_group, list(self.gates.log_alpha)
         if group is not None:
             alphas = [
@@ -86,7 +109,7 @@ class Calibration:
         return float(sample.kthvalue(len(sample) - m + 1).values)
 
     def target(self, progress: float) -> float:
-        """Where the m-th gate's log_alpha should be when the fraction `progress` of the phase is done."""
+        """Target of the marginal log_alpha after the fraction `progress` of the phase."""
         # (eq-calibration)  target(t) = start + t (threshold + margin - start)
         return self.start + progress * (self.gates.threshold + self.margin - self.start)
 
@@ -96,10 +119,10 @@ class Calibration:
         self.expected = float(l0.detach())
         return self.lam * l0
 
-    def update(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """One step of lambda, after the optimizer's; an error counts as -3 at least and 1.5 at most."""
+    def update(self, step: Step) -> None:
+        """Set lambda for the next step: a phase's ``after_step``."""
         before, self.log_alpha = self.log_alpha, self.marginal_log_alpha()
-        target = self.target(progress)
+        target = self.target(step.progress)
         self.path.append(
             {
                 "lambda": self.lam,
@@ -112,6 +135,6 @@ class Calibration:
         # (eq-steering)  error = log_alpha_m + horizon * (last step of log_alpha_m) - target
         error = self.log_alpha + self.horizon * (self.log_alpha - before) - target
         error = max(-3.0, min(1.5, error))
-        self.errors += error * (progress - self.progress)
-        self.progress = progress
+        self.errors += error * (step.progress - self.progress)
+        self.progress = step.progress
         self.lam = self.start_lam * math.exp(self.gain * error + self.memory * self.errors)

@@ -1,10 +1,10 @@
-"""SPT, sensitivity-aware parameter-efficient tuning (He et al. 2023, ICCV): spend a budget where the loss is sensitive.
+"""SPT, sensitivity-aware parameter-efficient tuning (He et al. 2023, ICCV).
 
-A weight's sensitivity is its squared gradient, summed over some hundred samples
-(`squared_gradient`). Take the tau most sensitive weights. A matrix that has many of them gets a
-small module, LoRA or a bottleneck Adapter (*structured*); a vector that has many is tuned whole;
-what is left is tuned weight by weight (*unstructured*). All of it is charged, and tau is the one at
-which the charge meets the budget.
+It spends a budget where the loss is sensitive. A weight's sensitivity is its squared gradient,
+summed over some hundred samples (`squared_gradient`). Take the tau most sensitive weights. A matrix
+that has many of them gets a small module, LoRA or a bottleneck Adapter (*structured*); a vector
+that has many is tuned whole; the rest is tuned weight by weight (*unstructured*). All of it counts,
+and tau is the one at which the total size meets the budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...layers.masked import masked
+from ...layers.entries import why_refused
+from ...layers.masked import MaskedTraining, check_selection
 from ...layers.small import (
     Kind,
     adapter_parameters,
@@ -31,15 +32,15 @@ from ...layers.small import (
 from ...params import (
     check_names,
     check_prefixes,
-    head_weights,
     is_under,
+    named_parameters,
     owners,
     resolve_budget,
     weights,
 )
 from ...scores import check_scores
 from ...selection import Selection, select
-from ...training import Group, Phase
+from ...training import Group, Phase, Phases, check_options
 from .sweep import tau_for
 
 
@@ -56,13 +57,14 @@ class Allocation:
     selection
         The weights that are tuned one by one, in all other tensors.
     kind, rank
-        Of every small module.
+        Kind and rank of every small module.
     tau
-        How many of the most sensitive weights were looked at.
+        Number of most sensitive weights that the budget is spent on.
     counts
         Trained weights: ``{"structured": int, "whole": int, "unstructured": int}``.
     left_out
-        Names of the tensors that took no part: excluded, or without a way to be trained in part.
+        Names of the tensors that took no part: excluded, without a score, or refused by masked
+        training.
     """
 
     structured: tuple[str, ...]
@@ -76,7 +78,7 @@ class Allocation:
 
     @property
     def charged(self) -> int:
-        """The number of weights that are trained, beside the head."""
+        """The number of weights that are trained, without the head."""
         return sum(self.counts.values())
 
 
@@ -94,11 +96,12 @@ def allocate(
     exclude: Sequence[str] = (),
     head: Sequence[str] | None = None,
 ) -> Allocation:
-    """Spend a budget on small modules, whole vectors and single weights: a pure function of scores and architecture.
+    """Spend a budget on small modules, whole vectors and single weights.
 
-    Only weights of ``nn.Linear`` and Hugging Face's ``Conv1D`` become structured; tensors of at
-    most one dimension are vectors; these matrices and ``nn.Embedding`` tables may be tuned weight
-    by weight. The sweep over tau (`sweep`) is linear in the number of scores.
+    A pure function of scores and architecture. Only weights of ``nn.Linear`` and Hugging Face's
+    ``Conv1D`` become structured; tensors of at most one dimension are vectors; all other tensors
+    are tuned weight by weight. The authors freeze the patch and position embeddings of a vision
+    transformer: `exclude` does. The sweep over tau (`sweep`) is linear in the number of scores.
 
     Parameters
     ----------
@@ -108,18 +111,18 @@ def allocate(
         ``{name: sensitivity}``, such as `squared_gradient` gives; tensors without a score take no
         part.
     budget
-        Trained weights beside the head, a count or a fraction of all candidates; see
+        Number of trained weights without the head, a count or a fraction of all candidates; see
         `resolve_budget`.
     kind, rank
         ``"lora"`` or ``"adapter"``, and r >= 1; a small budget needs a low rank.
     alpha
-        A matrix becomes structured at charge / alpha sensitive weights, alpha >= 1 (authors' code:
-        10).
+        A matrix becomes structured at module size / alpha sensitive weights, alpha >= 1 (authors'
+        code: 10).
     beta
         A vector is tuned whole at length / beta sensitive weights, beta >= 1 (authors' code: 5).
     spend
-        The charge ``"nearest"`` to the budget (authors' code; it may exceed it), or the largest
-        within it.
+        Spend what is ``"nearest"`` to the budget (authors' code; it may exceed it), or, with
+        ``"capped"``, the most within it.
     taus
         The values of tau to choose from, increasing (authors' code: 20,000 to 1.58 million by
         20,000); default: all.
@@ -132,13 +135,14 @@ def allocate(
     ------
     TypeError, ValueError
         For a bad option, budget, name, shape or rank; scores that are all zero or not finite; a
-        budget below the charge of the smallest module, or above what can be spent.
+        budget below the size of the smallest module, or above what can be spent.
     """
     if spend not in ("nearest", "capped"):
         raise ValueError(f"spend={spend!r} is unknown; choose 'nearest' or 'capped'")
     if not (1 <= alpha < math.inf and 1 <= beta < math.inf):
         raise ValueError(
-            f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the charge would fall with tau"
+            f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the number of "
+            "trained weights would fall with tau"
         )
     candidates = weights(model, head)
     used = _used(model, scores, exclude, candidates)
@@ -147,12 +151,13 @@ def allocate(
     least = min((price for name, (_, price) in prices.items() if used[name].dim() == 2), default=0)
     if k < least:
         raise ValueError(
-            f"budget={budget} is {k} weights, below {least}, the charge of the smallest module at rank={rank}; raise "
-            "the budget, lower the rank, or use select for single weights"
+            f"budget={budget} is {k} weights, below {least}, the size of the smallest module at "
+            f"rank={rank}; raise the budget, lower the rank, or use select for single weights"
         )
 
     def cost(name: str, count: Tensor) -> Tensor:
-        # (eq-spt-charge)  charge(tau) = charges of modules + lengths of whole vectors + all other sensitive weights
+        # (eq-spt-charge)  charge(tau) = sizes of modules + lengths of whole vectors
+        #                                + all other sensitive weights
         enough, price = prices.get(name, (0, 0))
         return torch.where(count >= enough, price, count) if price else count
 
@@ -165,7 +170,9 @@ def allocate(
         tuple(n for n in bought if (used[n].dim() == 2) == matrix) for matrix in (True, False)
     )
     selection = Selection(
-        {n: i for n, i in sensitive.indices.items() if n not in bought}, sensitive.shapes
+        {n: i for n, i in sensitive.indices.items() if n not in bought},
+        sensitive.shapes,
+        method="SPT",
     )
     counts = {
         "structured": sum(prices[name][1] for name in structured),
@@ -179,7 +186,7 @@ def allocate(
 def _prices(
     model: nn.Module, used: Mapping[str, Tensor], kind: Kind, rank: int, alpha: float, beta: float
 ) -> dict[str, tuple[int, int]]:
-    """How many sensitive weights a matrix or vector must have to be bought as one, and what it then costs."""
+    """How many sensitive weights a matrix or vector needs to be trained as one, and its size."""
     places, prices = owners(model), {}
     # A linear layer's weight may get a small module, if it is not tied to another.
     linear = [
@@ -189,11 +196,13 @@ def _prices(
     ]
     for name, (_, d_in, d_out) in find_layers(model, dict.fromkeys(linear, rank)).items():
         price = adapter_size(kind, d_in, d_out, rank)
-        # (eq-spt-structured)  a matrix gets a small module where its sensitive weights number >= charge / alpha
+        # (eq-spt-structured)  a matrix gets a small module if it has at least charge / alpha
+        #                      sensitive weights
         prices[name] = math.ceil(price / alpha), price
     for name, score in used.items():
         if score.dim() <= 1:
-            # (eq-spt-whole)  a vector is tuned whole where its sensitive weights number >= length / beta
+            # (eq-spt-whole)  a vector is tuned whole if it has at least length / beta sensitive
+            #                 weights
             prices[name] = math.ceil(score.numel() / beta), score.numel()
     return prices
 
@@ -211,9 +220,15 @@ def _used(
         if score.shape != candidates[name].shape:
             shape = tuple(candidates[name].shape)
             raise ValueError(
-                f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; score this model"
+                f"scores[{name!r}] has shape {tuple(score.shape)}, the model {shape}; "
+                "score this model"
             )
-    used = {name: score for name, score in scores.items() if not is_under(name, exclude)}
+    places = owners(model)
+    used = {
+        name: score
+        for name, score in scores.items()
+        if not is_under(name, exclude) and not any(why_refused(*place) for place in places[name])
+    }
     if not used:
         raise ValueError("scores and exclude leave no tensor that can be trained in part")
     check_scores(used)
@@ -232,13 +247,16 @@ def spt(
     merge: bool = False,
     seed: int = 0,
     head: Sequence[str] | None = None,
-) -> Generator[Phase, None, None]:
-    """A method: train an allocation's small modules, whole vectors and single weights, and the head, in one optimizer.
+) -> Phases:
+    """A method: train an allocation's small modules, vectors and single weights, and the head.
 
-    After it the model is an ordinary one that computes what was trained: its own tensors keep their
-    names and flags, and the small modules stay beside them (`adapters`). `diff` ships all of it in
-    one file; `remove_adapters` takes the modules out, `merge_adapters` adds LoRA to the weights.
-    After an error the modules are out.
+    All of it is in one optimizer. Afterwards the model computes what was trained: its own tensors
+    keep their names and flags, and the small modules stay in their layers (`adapters`). `diff`
+    ships all of it in one file; `remove_adapters` takes the modules out, `merge_adapters` adds LoRA
+    to the weights. After an error the modules are out.
+
+    An Adapter here takes its layer's output everywhere. The authors feed the Adapter of an
+    attention block's projection the projection's input instead.
 
     Parameters
     ----------
@@ -250,54 +268,69 @@ def spt(
     epochs
         Passes over the batches.
     weight_decay
-        Of small modules and head; single weights and vectors are not decayed (as in the authors'
-        code).
+        Decay of small modules and head; single weights and vectors are not decayed (as in the
+        authors' code).
     merge
         Merge LoRA into the weights at the end: the model has exactly the base's tensors, the delta
         is larger.
     seed
-        Of the generator that draws the small modules.
+        Seed of the generator that draws the small modules.
     head
         As in `weights`.
 
-    Yields
-    ------
-    Phase
-        One, ``"spt"``.
+    Returns
+    -------
+    Phases
+        One phase, ``"spt"``.
 
     Raises
     ------
-    ValueError
-        If the allocation does not fit the model (which is unchanged), or if an Adapter is to be
-        merged.
+    TypeError, ValueError
+        For a bad option, if the allocation does not fit the model (which is unchanged), or if an
+        Adapter is to be merged.
     """
     if merge and allocation.kind != "lora":
         raise ValueError(
-            f"merge=True, but kind={allocation.kind!r} cannot be merged; keep the modules, or use 'lora'"
+            f"merge=True, but kind={allocation.kind!r} cannot be merged; keep the modules, or use "
+            "'lora'"
         )
-    add_adapters(
-        model, allocation.structured, kind=allocation.kind, rank=allocation.rank, seed=seed
+    check_options(
+        "spt",
+        epochs=epochs,
+        lr=lr,
+        lr_modules=lr_modules,
+        lr_head=lr_head,
+        weight_decay=weight_decay,
     )
-    done = False
-    try:
-        modules = adapter_parameters(model, allocation.structured)
-        heads = head_weights(model, head)
-        with masked(
-            model, allocation.selection, dense=(*allocation.whole, *modules, *heads)
-        ) as training:
-            whole = [model.get_parameter(name) for name in allocation.whole]
-            rates = (
-                ([*training.parameters(), *whole], lr, 0.0),
-                (list(modules.values()), lr if lr_modules is None else lr_modules, weight_decay),
-                (list(heads.values()), lr if lr_head is None else lr_head, weight_decay),
-            )
-            groups: list[Group] = [
-                {"params": p, "lr": r, "weight_decay": d} for p, r, d in rates if p
-            ]
-            yield Phase("spt", groups, epochs, selection=allocation.selection)
-        done = True
-    finally:
-        if not done:
-            remove_adapters(model, allocation.structured)
-        elif merge:
-            merge_adapters(model, allocation.structured)
+    find_layers(model, dict.fromkeys(allocation.structured, allocation.rank))
+    heads, _ = check_selection(model, allocation.selection, allocation.whole, head)
+
+    def phases() -> Generator[Phase, None, None]:
+        structured, done = allocation.structured, False
+        add_adapters(model, structured, kind=allocation.kind, rank=allocation.rank, seed=seed)
+        try:
+            modules = adapter_parameters(model, structured)
+            dense = (*allocation.whole, *modules)
+            with MaskedTraining(model, allocation.selection, dense, head=heads) as training:
+                named = [*heads, *(n for n in named_parameters(model) if n in dense)]
+                trained = dict(zip(named, training.dense_parameters(), strict=True))
+                whole = [trained[name] for name in allocation.whole]
+                rates = (
+                    ([*training.parameters(), *whole], lr, 0.0),
+                    ([trained[name] for name in modules], lr_modules, weight_decay),
+                    (training.head_parameters(), lr_head, weight_decay),
+                )
+                groups: list[Group] = [
+                    {"params": p, "lr": lr if r is None else r, "weight_decay": d}
+                    for p, r, d in rates
+                    if p
+                ]
+                yield Phase("spt", groups, epochs, selection=allocation.selection)
+            done = True
+        finally:
+            if not done:
+                remove_adapters(model, structured)
+            elif merge:
+                merge_adapters(model, structured)
+
+    return Phases(phases())

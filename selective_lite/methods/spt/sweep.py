@@ -1,8 +1,8 @@
-"""SPT's sweep (He et al. 2023): how many of the most sensitive weights to look at, so that the charge meets the budget.
+"""SPT's sweep (He et al. 2023): find tau, the number of top weights whose cost meets the budget.
 
-The charge grows with tau, so there is no need to try one tau after the other. Two passes of 16 bits
+The cost grows with tau, so there is no need to try one tau after the other. Two passes of 16 bits
 over the scores, as in `select`, count for every tensor how many of its scores lie above each
-cutoff, and find where the charge crosses the budget: linear time, nothing is sorted, and no second
+cutoff, and find where the cost crosses the budget: linear time, nothing is sorted, and no second
 copy of the scores is made.
 """
 
@@ -20,21 +20,20 @@ from torch import Tensor
 from ...selection import select, sort_keys
 
 BUCKETS = 1 << 16
-Charge = Callable[
-    [str, Tensor], Tensor
-]  # (tensor's name, counts of its sensitive weights) -> what they cost
+# (a tensor's name, counts of its sensitive weights) -> the weights that are then trained
+Charge = Callable[[str, Tensor], Tensor]
 
 
 def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
-    """The smallest tau whose charge is at least k; one more than there are scores, where none is.
+    """The smallest tau whose charge is at least k; N + 1 for N scores if no tau reaches k.
 
     Parameters
     ----------
     scores
         ``{name: tensor}``, finite, floating point, any device.
     charge
-        ``(name, counts) -> charges``, int64 on CPU, element by element; it never falls when the
-        count grows.
+        ``(name, counts) -> weights trained``, int64 on CPU, element by element; it never falls
+        when the count grows.
     k
         The budget, a count.
     """
@@ -91,16 +90,16 @@ def tau_for(
     taus: Sequence[int] | None = None,
     capped: bool = False,
 ) -> int:
-    """The tau whose charge is nearest to k (the lower one, if two are), or the largest whose charge is within it.
+    """The tau whose charge is nearest to k (the lower of two), or the largest one within it.
 
     Parameters
     ----------
     scores, charge, k
         As in `crossing`.
     taus
-        Those to choose from, increasing; default: all.
+        Values to choose from, increasing; default: all.
     capped
-        Stay within k.
+        Whether to stay within k.
 
     Raises
     ------
@@ -118,19 +117,21 @@ def tau_for(
         taus = range(1, limit + 1)
     elif not taus or taus[0] < 1 or taus[-1] > limit or any(a >= b for a, b in pairwise(taus)):
         raise ValueError(
-            f"taus must increase within [1, {limit}], the number of non-zero scores, and not be empty"
+            f"taus must increase within [1, {limit}], the number of non-zero scores, and not be "
+            "empty"
         )
     i = bisect_left(taus, crossing(scores, charge, k))
     if i == len(taus):
         raise ValueError(
-            f"budget asks for {k} weights, but these tensors can take only {total(taus[-1])}; lower the budget, raise "
-            "the rank, or give more taus"
+            f"budget asks for {k} weights, but these tensors can take only {total(taus[-1])}; "
+            "lower the budget, raise the rank, or give more taus"
         )
     over = total(taus[i]) - k
     if over == 0 or (not capped and (i == 0 or over < k - total(taus[i - 1]))):
         return taus[i]
     if i == 0:
         raise ValueError(
-            f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, charges {k + over}"
+            f"budget asks for at most {k} weights, but the smallest tau, {taus[0]}, trains "
+            f"{k + over}"
         )
     return taus[i - 1]

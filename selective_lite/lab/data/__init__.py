@@ -1,0 +1,1 @@
+"""Data: pinned assets, and the sentiment, digits and tweets that the experiments learn from."""

@@ -1,0 +1,1 @@
+"""Figures: plots, explorers, comparisons of rows, and memory."""
