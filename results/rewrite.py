@@ -1,4 +1,4 @@
-"""Rewrite the deltas beside the rows from the library's first file format: ``python results/rewrite.py``.
+"""Rewrite the deltas beside the rows from the first file format: ``python results/rewrite.py``.
 
 Positions and values stay as they are, to the bit. What the new format says in addition (the base,
 its labels, a fingerprint for every tensor) is read from the base itself. The rows' bytes and
@@ -52,7 +52,9 @@ def rewritten(file: Path, base: nn.Module) -> sl.Delta:
     found = unpack(tensors["gaps"], [len(values[name]) for name in names])
     positions = dict(zip(names, found, strict=True))
     named = tensors_of(base)
-    before = {n: at(named[n], positions.get(n)) for n in old["shapes"] if "head/" + n not in tensors}
+    before = {
+        n: at(named[n], positions.get(n)) for n in old["shapes"] if "head/" + n not in tensors
+    }
     if digest("", before) != old["fingerprint"]:
         raise ValueError(f"{file.name} is not of this base")
     whole = {name: (torch.arange(t.numel()), t.reshape(-1)) for name, t in dense.items()}

@@ -58,8 +58,9 @@ def from_delta(
     place = said.get("name_or_path") if base is None else os.fspath(base)
     if not place:
         raise DeltaError(f"{path} does not say where its base is; give base=, a folder or a hub id")
-    cls = getattr(transformers, str(said.get("class")), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    cls: Any = getattr(transformers, str(said.get("class")), None)
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known:
         raise DeltaError(
             f"{path} is for a {said.get('class')}, which is not a model of transformers "
             f"{transformers.__version__}; make the base yourself, then load(path).apply(model)"
@@ -134,8 +135,8 @@ def _save_delta() -> type:
                 file = os.path.join(folder, FILE)
                 if not os.path.isfile(file):
                     raise ValueError(
-                        f"{file} is missing, the delta of the checkpoint to resume from; if that is "
-                        "elsewhere, give SaveDelta(folder=...)"
+                        f"{file} is missing, the delta of the checkpoint to resume from; if it "
+                        "is elsewhere, give SaveDelta(folder=...)"
                     )
                 tuning.resume(load(file))
 

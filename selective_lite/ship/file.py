@@ -64,8 +64,9 @@ def write(
 
 
 def _ordered(content: bytes) -> bytes:
-    """The same file with its metadata in order: safetensors writes them in any, so that equal
-    deltas would not be equal files.
+    """The same file with its metadata in order.
+
+    safetensors writes them in any, so that equal deltas would not be equal files.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -308,7 +309,8 @@ def _check_modules(modules: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
             fits(modules[name], spec, *sizes) for sizes in (shape, shape[::-1])
         ):
             raise DeltaError(
-                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
+                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape "
+                f"{shape}"
             )
         if len({tensor.dtype for tensor in modules[name].values()}) > 1:
             raise DeltaError(f"delta's small module of {name!r} has several dtypes")

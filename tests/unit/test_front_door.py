@@ -1,4 +1,4 @@
-"""The front door: under Trainer, SFTTrainer or a plain loop, the same file as the four verbs give."""
+"""The front door: under Trainer, SFTTrainer or a loop, the file that the four verbs give."""
 
 import pytest
 import torch
@@ -182,4 +182,6 @@ def test_under_sft_trainer(build, batches, tmp_path):
     assert 0.9 * selection.count < tuning.delta().count <= selection.count
     base = build("llama")
     sl.load(tmp_path / "fish.safetensors").apply(base)
-    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(base.parameters(), model.parameters(), strict=True)
+    )
