@@ -55,7 +55,7 @@ def from_delta(
 
     delta = load(path)
     said = delta.metadata["base"]
-    place = said.get("name_or_path") if base is None else os.fspath(base)
+    place = str(said.get("name_or_path", "")) if base is None else os.fspath(base)
     if not place:
         raise DeltaError(f"{path} does not say where its base is; give base=, a folder or a hub id")
     cls: Any = getattr(transformers, str(said.get("class")), None)
@@ -68,7 +68,7 @@ def from_delta(
     dtype = getattr(torch, str(said.get("dtype")).removeprefix("torch."), None)
     options: dict[str, Any] = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
     if base is None and "revision" in said:
-        options["revision"] = said["revision"]
+        options["revision"] = str(said["revision"])
     if "id2label" in said:
         labels = {int(number): label for number, label in said["id2label"].items()}
         options |= {"id2label": labels, "label2id": {label: n for n, label in labels.items()}}
