@@ -77,7 +77,7 @@ def test_under_trainer(build, batches, tmp_path):
     model = quiet(build("bert"))
     trainer = Trainer(model, arguments(tmp_path / "out"), train_dataset=rows)
     trainer.model_accepts_loss_kwargs = False  # a loss is its batch's mean, as in the plain loop
-    selection = sl.fish(model, together(rows), BUDGET) if hasattr(sl, "fish") else fish(model, rows)
+    selection = sl.fish(model, trainer.get_train_dataloader(), BUDGET)
     with sl.masked(model, selection) as tuning:
         trainer.train()
     tuning.delta().save(tmp_path / "fish.safetensors")
@@ -85,16 +85,11 @@ def test_under_trainer(build, batches, tmp_path):
     assert (tmp_path / "fish.safetensors").read_bytes() == expected
 
 
-def fish(model, rows):
-    selection = sl.select(sl.squared_gradient(model, together(rows)), BUDGET)
-    return sl.Selection(selection.indices, selection.shapes, "FISH")
-
-
 @pytest.mark.parametrize("kind", ["bert", "llama", "toy"])
 def test_in_a_plain_loop(build, batches, tmp_path, kind):
     data = together(examples(batches, kind))
     model = quiet(build(kind))
-    selection = fish(model, examples(batches, kind))
+    selection = sl.fish(model, data, BUDGET)
     model.train()
     with sl.masked(model, selection) as tuning:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -123,7 +118,7 @@ def test_with_a_fused_head(build, batches, tmp_path):
     """Tied embeddings get the gradient of both of their uses: as in the model's own loss."""
     rows = examples(batches, "llama")
     data, model = together(rows), build("llama").double()
-    selection = fish(model, rows)
+    selection = sl.fish(model, data, BUDGET)
     name = "model.embed_tokens.weight"
     assert name in selection.indices
     model.train()
@@ -173,7 +168,7 @@ def test_under_sft_trainer(build, batches, tmp_path):
     )
     data = datasets.Dataset.from_list(lists)
     trainer = trl.SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer())
-    before, selection = sl.snapshot(model), fish(trainer.model, rows)
+    before, selection = sl.snapshot(model), sl.fish(trainer.model, together(rows), BUDGET)
     with sl.masked(trainer.model, selection) as tuning:
         trainer.train()
     tuning.delta().save(tmp_path / "fish.safetensors")
