@@ -62,6 +62,10 @@ results: $(ENVIRONMENT) assets ## run the full experiments, some four hours; an 
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.four_deltas
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.tweets
 
+.PHONY: restamp
+restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code changed; keep those that agree
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.restamp
+
 .PHONY: benchmarks
 benchmarks: $(ENVIRONMENT) assets ## measure speed and size against the targets, on a machine that does nothing else
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/masked_step.py

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import selective_lite as sl
 from selective_lite.lab import results
-from selective_lite.ship.delta import Encoding
+from selective_lite.ship.file import Encoding
 
 SIZES = {
     "hidden_size": 384,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -77,9 +78,9 @@ class Selection:
         """k / N."""
         return self.count / self.total
 
-    def per_tensor(self) -> dict[str, int]:
-        """How many weights are selected in every candidate tensor, zeros included."""
-        return {name: len(self.indices.get(name, ())) for name in self.shapes}
+    def per_tensor(self) -> Counter[str]:
+        """How many weights are selected in every candidate tensor, zeros included; 0 elsewhere."""
+        return Counter({name: len(self.indices.get(name, ())) for name in self.shapes})
 
     def masks(self) -> dict[str, Tensor]:
         """The same selection as boolean tensors in the weights' shapes, on CPU."""

@@ -211,9 +211,9 @@ def fit(
     TypeError
         If `batches` has no length, or `phases` is a selection; nothing is trained.
     ValueError
-        If there is no batch; if a phase trains a parameter that is not the model's (phases of
-        another model, or ``list(method)``); if the loss is not finite (the phase's step is named;
-        nothing of that step is applied).
+        If there is no batch; if a phase trains a parameter that is frozen or not the model's
+        (phases of another model, or ``list(method)``); if the loss is not finite (the phase's step
+        is named; nothing of that step is applied).
 
     Examples
     --------
@@ -266,6 +266,11 @@ def _checked_groups(phase: Phase, model: nn.Module) -> list[Group]:
                     f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
                     "not one of the model's; give fit the method itself (not list(method)), made "
                     "for this model"
+                )
+            if not p.requires_grad:
+                raise ValueError(
+                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
+                    "frozen; set its requires_grad, or give fit the method itself"
                 )
         groups.append({**group, "params": params})
     return groups

@@ -1,4 +1,4 @@
-"""What the book stands on: assets, models, tasks, experiments and figures."""
+"""Lab: everything under the book that is not the library: data, experiments and figures."""
 
 from . import experiments, upper_layers
 from .data.sentiment import evaluate, load_task

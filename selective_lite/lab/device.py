@@ -1,4 +1,4 @@
-"""Where tensors live and how chance is seeded."""
+"""The device of tensors, and the seeds of chance."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def device() -> torch.device:
         chosen = None
     if chosen is None or chosen.type not in ("cuda", "mps", "cpu"):
         raise ValueError(
-            f"{VARIABLE}={wanted!r} names no device; set it to cpu, mps, cuda or cuda:N, or unset it"
+            f"{VARIABLE}={wanted!r} names no device; "
+            "set it to cpu, mps, cuda or cuda:N, or unset it"
         )
     if (chosen.index or 0) >= _available(chosen.type):
         raise ValueError(

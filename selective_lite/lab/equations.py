@@ -10,7 +10,7 @@ import torch
 
 
 def _array(value: Any, what: str) -> np.ndarray:
-    """``value`` (number, array or tensor) as a float64 array; TypeError where that is impossible."""
+    """A number, array or tensor as a float64 array; TypeError if that is impossible."""
     if isinstance(value, torch.Tensor):
         value = value.detach().to(device="cpu", dtype=torch.float64).numpy()
     try:
@@ -25,7 +25,8 @@ def _same_shape(label: str, left: np.ndarray, other: np.ndarray, what: str) -> N
     # Broadcasting would let a scalar pass for a vector, so equal shapes are part of the equation.
     if left.shape != other.shape:
         raise AssertionError(
-            f"{label}: left has shape {left.shape}, {what} has {other.shape}; bring them to one shape"
+            f"{label}: left has shape {left.shape}, {what} has {other.shape}; "
+            "bring them to one shape"
         )
 
 
@@ -89,7 +90,8 @@ def check(
         gap = float(np.abs(a - c).max())
         if np.allclose(a, c, rtol=rtol, atol=atol):
             raise AssertionError(
-                f"{label}: the wrong variant {name!r} agrees too (max error {gap:.2g}); the check is blind"
+                f"{label}: the wrong variant {name!r} agrees too (max error {gap:.2g}); "
+                "the check is blind"
             )
         failures.append(f"fails when {name} ({gap:.2g})" if not failures else f"{name} ({gap:.2g})")
     print(f"{label} holds: max error {error:.2g}; {'; '.join(failures)}")

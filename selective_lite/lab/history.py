@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar while it lasts, a history that plots itself afterwards."""
+"""History: a progress bar while a run lasts, and records that plot themselves afterwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def track(iterable: Iterable[T], desc: str = "") -> Iterator[T]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a window of a twentieth of the steps, centred so that it does not lag, cut short at the ends."""
+    """Average over a centred window of a twentieth of the steps, cut short at the ends."""
     window = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
@@ -76,7 +76,8 @@ class History(Sequence[Mapping[str, Any]]):
             missing = {"phase", "loss"} - set(record)
             if missing:
                 raise ValueError(
-                    f"records[{i}] lacks {', '.join(sorted(missing))}: give the list that fit returned"
+                    f"records[{i}] lacks {', '.join(sorted(missing))}: "
+                    "give the list that fit returned"
                 )
 
     @overload
@@ -97,7 +98,7 @@ class History(Sequence[Mapping[str, Any]]):
         return list(dict.fromkeys(record["phase"] for record in self._records))
 
     def values(self, name: str, phase: str | None = None) -> np.ndarray:
-        """One quantity at every step that recorded it, float64 of shape (steps,); only ``phase``'s, if given."""
+        """One quantity at each step that recorded it, float64 (steps,); in one phase, if given."""
         chosen = [r for r in self._records if phase is None or r["phase"] == phase]
         return np.array([float(r[name]) for r in chosen if r.get(name) is not None])
 
@@ -117,7 +118,7 @@ class History(Sequence[Mapping[str, Any]]):
         )
 
     def _panel(self, ax: Any, name: str) -> None:
-        """Draw one quantity against the step number: raw thin, smoothed thick, one colour a phase."""
+        """Draw one quantity against the step: raw thin, smoothed thick, a colour for each phase."""
         for i, phase in enumerate(self.phases):
             at = [
                 n
@@ -148,7 +149,8 @@ class History(Sequence[Mapping[str, Any]]):
         )
         alt = (
             alt
-            or f"Training {' and '.join(names)} over {len(self)} steps; smoothed loss by phase: {parts}."
+            or f"Training {' and '.join(names)} over {len(self)} steps; "
+            f"smoothed loss by phase: {parts}."
         )
         with plots.figure(
             alt=alt, height=1.0 + 1.9 * len(names), nrows=len(names), sharex=True

@@ -1,4 +1,4 @@
-"""Models: an encoder with a fresh task head, or a language model, from the assets, a folder, or a Hugging Face id."""
+"""Models: a classifier with a new head, or a language model, from assets, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -
     Parameters
     ----------
     source
-        An asset's name, a folder, or a Hugging Face id (which needs the hub).
+        Name of an asset, folder, or Hugging Face id (which needs the hub).
     labels
         Number of classes.
     seed
@@ -50,9 +50,9 @@ def load_language_model(source: str = "smollm2") -> tuple[Any, Any]:
     Parameters
     ----------
     source
-        An asset's name, a folder, or a Hugging Face id (which needs the hub). An asset holds
-        quantized weights (GGUF), and they are read as the float32 numbers that they stand for,
-        which needs the package gguf.
+        Name of an asset, folder, or Hugging Face id (which needs the hub). An asset holds quantized
+        weights (GGUF); they are read as the float32 numbers that they stand for, which needs the
+        package gguf.
 
     Returns
     -------

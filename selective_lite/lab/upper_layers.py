@@ -1,4 +1,4 @@
-"""Slices: the last layers of a BERT classifier alone, on what the frozen layers below make of each text."""
+"""Upper layers: the last layers of a BERT classifier, on the output of the frozen ones below."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class UpperLayers(nn.Module):
     Parameters
     ----------
     model
-        A ``BertForSequenceClassification``; the slice shares its layers.
+        Model of class ``BertForSequenceClassification``, whose layers are shared.
     count
-        How many layers, at least 1.
+        Number of layers, at least 1.
     """
 
     def __init__(self, model: Any, count: int = 1) -> None:
@@ -32,7 +32,7 @@ class UpperLayers(nn.Module):
         layers, self.config = model.bert.encoder.layer, model.config
         if not 1 <= count <= len(layers):
             raise ValueError(
-                f"count={count} is outside [1, {len(layers)}], the number of the model's layers"
+                f"count={count} must be from 1 to {len(layers)}, the number of layers in the model"
             )
         self.layer = nn.ModuleDict(
             {str(i): layers[i] for i in range(len(layers) - count, len(layers))}
@@ -44,7 +44,7 @@ class UpperLayers(nn.Module):
         )
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Logits (..., B, classes) of hidden states (..., B, T, D) and a mask (B, 1, 1, T), True where a token is."""
+        """Logits (..., B, classes) of states (..., B, T, D); `mask` (B, 1, 1, T) marks tokens."""
         layers: list[Any] = list(self.layer.values())
         for block in layers[:-1]:
             hidden = block(hidden, mask)
@@ -68,7 +68,10 @@ class UpperLayers(nn.Module):
 def hidden_below(
     model: Any, batches: Iterable[Mapping[str, Tensor]], count: int = 1
 ) -> list[dict[str, Tensor]]:
-    """What all layers but the last `count` make of texts: ``hidden`` (B, T, D), ``mask`` (B, 1, 1, T), ``labels``."""
+    """Output of all layers except the last `count`.
+
+    A dictionary for each batch: ``hidden`` (B, T, D), ``mask`` (B, 1, 1, T) and ``labels`` (B,).
+    """
     found = []
     for batch in batches:
         mask, hidden = (

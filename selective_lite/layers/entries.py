@@ -18,7 +18,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .attach import Attached, attach, detach
 from .sampled import embedding, linear, scatter
 
-CHILD = "{}_entries"  # the child's name beside the tensor's own one
+CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
+REPLACED = (
+    "cannot be replaced inside masked training, as nn.DataParallel and FSDP do; use "
+    "DistributedDataParallel"
+)
 
 
 class Entries(nn.Module):
@@ -78,10 +82,7 @@ class Entries(nn.Module):
 
     def _check(self, values: Tensor | None) -> None:
         if values is not self.__dict__["leaf"]:
-            raise RuntimeError(
-                "the compact parameters of masked training were replaced, by nn.DataParallel or "
-                "FSDP, which cannot train a selection; use DistributedDataParallel"
-            )
+            raise RuntimeError(f"the compact values of a tensor {REPLACED}")
         if torch.compiler.is_exporting() or torch._C._is_tracing():
             raise RuntimeError("leave masked training before the model is exported or traced")
 
@@ -216,7 +217,7 @@ def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
     return dense, entries
 
 
-def product_operands(module: Any) -> tuple[Any, ...]:
+def product_operands(module: Any) -> tuple[Tensor, Tensor, Any, Any, Any]:
     """What `sampled.linear` takes between the input and the bias."""
     dense, own = current(module, "weight")
     return dense, own.values, own.index, own.rows, own.columns
@@ -226,7 +227,10 @@ def _reading(attribute: str) -> property:
     def read(module: Any) -> Tensor:
         return entries_of(module, attribute).read(dense_of(module, attribute))
 
-    return property(read)
+    def replace(module: Any, value: Any) -> None:
+        raise RuntimeError(f"{attribute!r} {REPLACED}")
+
+    return property(read, replace)
 
 
 def _flat_weights(module: Any) -> list[Tensor | None]:

@@ -27,6 +27,7 @@ from ..params import (
     weights,
 )
 from ..scores import Scores, movement
+from ..scores import exclude as without
 from ..selection import Selection, select
 from ..training import Phase, Phases, check_options, fixed_mask, full_finetuning
 
@@ -184,8 +185,8 @@ def lt_sft(
                             phase.penalty = partial(l1_penalty, l1 / total, pairs)
                         yield phase
                 # (eq-lt-sft)  M_w = 1 if |theta_w - theta0_w| is among the k largest, else 0
-                # What is excluded moved by 0, and `select` never takes a 0.
-                moved = movement(model, start, head)
+                # An excluded embedding with max_norm moves in its forward: leave it out by name.
+                moved = without(movement(model, start, head), exclude)
             finally:
                 rewind(model, start)
             chosen = most_moved(moved, k * (i + 1) // iterations - k * i // iterations, chosen)

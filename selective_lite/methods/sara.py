@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.masked import MaskedTraining, check_selection
-from ..params import check_prefixes, is_under, named_parameters, weights
-from ..scores import exclude as without
+from ..params import check_prefixes, is_under, named_parameters, resolve_budget, weights
 from ..scores import magnitude
 from ..selection import Selection, select
 from ..training import (
@@ -49,7 +47,7 @@ def smallest(
     head: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> Selection:
-    """The k candidates with the smallest |w|, exact zeros apart.
+    """The k candidates with the smallest |w|.
 
     Parameters
     ----------
@@ -77,9 +75,13 @@ def smallest(
     --------
     >>> records = fit(model, fixed_mask(model, smallest(model, 0.005), lr=1e-3, epochs=3), batches)
     """
+    scores = magnitude(model, head)
+    prefixes = check_prefixes(exclude, scores, "exclude")
+    k = resolve_budget(budget, sum(s.numel() for s in scores.values()))
     # (eq-sara-smallest)  M = 1 where |w| is among the k smallest
-    found = select(without(magnitude(model, head), exclude), budget, largest=False)
-    return replace(found, method="SaRA")
+    free = {name: s for name, s in scores.items() if not is_under(name, prefixes)}
+    found = select(free, k, largest=False)
+    return Selection(found.indices, {n: tuple(s.shape) for n, s in scores.items()}, method="SaRA")
 
 
 def smaller_than(

@@ -302,13 +302,17 @@ def sora(
     Raises
     ------
     TypeError, ValueError
-        If `update` was closed before, or for a bad option.
+        If `update` was closed before; for a bad option, after which it is closed.
     """
     if update.closed:
         raise ValueError("update is closed, merged into its model; make a new SoRA(model, ...)")
-    if not lam >= 0 or (xi is not None and not xi >= 0):
-        raise ValueError(f"lam={lam} and xi={xi} must not be negative")
-    check_options("SoRA", epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+    try:
+        if not lam >= 0 or (xi is not None and not xi >= 0):
+            raise ValueError(f"lam={lam} and xi={xi} must not be negative")
+        check_options("SoRA", epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+    except (TypeError, ValueError):
+        update.close()  # so that sora(SoRA(model), ...) leaves the model as it was
+        raise
     proximal = Proximal(update.gates(), lam, lam_schedule, xi)
 
     def phases() -> Generator[Phase, None, None]:

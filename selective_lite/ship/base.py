@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,16 +156,18 @@ def _prefixes(body: Sequence[str], known: Mapping[str, str], part: str | None) -
     missing = next((name for name in body if name not in known), None)
     if missing is None:
         return "", ""
-    shared = os.path.commonprefix([name.split(".")[:-1] for name in body])
+    shared = _shared([name.split(".")[:-1] for name in body])
     starts = [".".join(shared[: i + 1]) + "." for i in range(len(shared))]
     tried = [(start, "") for start in starts]
     for start in ("", f"{part}."):
         if not start or start in starts:
             end = "." + body[0].removeprefix(start)
             tried += [(start, name[: 1 - len(end)]) for name in known if name.endswith(end)]
-    fitting = {  # by what becomes of the first name: it tells what becomes of all
+    # By what becomes of the first name, which tells what becomes of all. The head follows a change
+    # of the whole name ("" to "net.") but not one of the base model's part: that one wins.
+    fitting = {
         new + body[0].removeprefix(old): (old, new)
-        for old, new in tried
+        for old, new in reversed(tried)
         if all(new + name.removeprefix(old) in known for name in body)
     }
     if not fitting:
@@ -178,8 +180,15 @@ def _prefixes(body: Sequence[str], known: Mapping[str, str], part: str | None) -
     return next(iter(fitting.values()))
 
 
+def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The parts that all paths begin with."""
+    first, last = min(paths), max(paths)  # in alphabetical order, all others lie between
+    pairs = zip(first, last, strict=False)
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
 def check_tensor(name: str, tensor: Tensor, shape: list[int], dtype: str, table: bool) -> None:
-    """Raise a `DeltaError` if a model's tensor is not of the base's shape and dtype, or has no values.
+    """Raise a `DeltaError` if a model's tensor has another shape or dtype than the base's, or no values.
 
     Parameters
     ----------

@@ -50,7 +50,8 @@ def write(
 ) -> None:
     """Write the file in place of what was there; `metadata` must be JSON-able."""
     path, text = Path(path), json.dumps(metadata, sort_keys=True)
-    content = save_bytes(dict(tensors), {"selective_lite": text, "sha256": digest(text, tensors)})
+    header = {"selective_lite": text, "sha256": digest(text, tensors)}
+    content = _ordered(save_bytes(dict(tensors), header))
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(content)
@@ -60,6 +61,18 @@ def write(
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in any, so that equal
+    deltas would not be equal files.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,6 +171,8 @@ def decode(path: str | os.PathLike) -> dict[str, Any]:
             _unpack(parts, metadata["shapes"], stream)
         _check_tensors(parts, metadata)
         _check_modules(parts[MODULES], metadata)
+        if metadata["k"] != count(parts):
+            raise DeltaError(f"{path} says {metadata['k']} weights, it holds {count(parts)}")
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
     return {**parts, "metadata": metadata}
@@ -200,10 +215,14 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     ):
         raise DeltaError("delta's ties and fingerprints must be lists of texts")
     for key, value in metadata["base"].items():
-        if key == "id2label" and type(value) is dict:
-            value = next((v for v in value.values() if type(v) is not str), None)
-        if type(value) not in (str, int, type(None)):
-            raise DeltaError(f"delta's {key} of the base is a {type(value).__name__}")
+        labels = value.items() if key == "id2label" and type(value) is dict else None
+        fine = (
+            type(value) in (str, int)
+            if labels is None
+            else all(number.isdecimal() and type(label) is str for number, label in labels)
+        )
+        if not fine:
+            raise DeltaError(f"delta's {key} of the base is {value!r:.80}")
 
 
 def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -261,16 +280,13 @@ def _check_tensors(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> Non
         ):
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
         _check_positions(name, index, prod(shapes[name]))
+    floats = [(name, t) for name, _, t in replaced_by(parts) if name not in parts["buffers"]]
     small = [(name, t) for name, pieces in parts[MODULES].items() for t in pieces.values()]
-    for name, tensor in [
-        (n, t) for n, _, t in replaced_by(parts) if n not in parts["buffers"]
-    ] + small:
+    for name, tensor in floats + small:
         if not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}; weights are floating point")
         if name in rounds_to and (rounds_to[name] not in HALVES or tensor.dtype != torch.float32):
             raise DeltaError(f"delta's {name!r} is {tensor.dtype} for {rounds_to[name]!r} weights")
-    if metadata["k"] != count(parts):
-        raise DeltaError(f"delta's metadata say {metadata['k']} weights, it holds {count(parts)}")
 
 
 def count(parts: Mapping[str, Any]) -> int:
@@ -294,6 +310,8 @@ def _check_modules(modules: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
             raise DeltaError(
                 f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
             )
+        if len({tensor.dtype for tensor in modules[name].values()}) > 1:
+            raise DeltaError(f"delta's small module of {name!r} has several dtypes")
 
 
 def fits(pieces: Mapping[str, Tensor], spec: Mapping[str, Any], d_in: int, d_out: int) -> bool:

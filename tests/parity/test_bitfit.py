@@ -1,4 +1,4 @@
-"""BitFit against the numbers of the authors' code (Ben Zaken et al. 2022): counts and names on BERT configurations."""
+"""BitFit against the authors' code (Ben Zaken et al. 2022): counts and names on BERTs."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.methods.bitfit import QUERY_AND_MLP, biases
+from selective_lite.methods.bitfit import QUERY_AND_MLP, bitfit
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GOLDEN = json.loads((DATA / "bitfit.json").read_text())
@@ -43,7 +43,7 @@ def which(request):
 @pytest.mark.parametrize("part", PARTS)
 def test_the_counts_and_the_names_are_the_authors(which, part):
     name, model = which
-    expected, selection = GOLDEN[name][part], biases(model, PARTS[part])
+    expected, selection = GOLDEN[name][part], bitfit(model, PARTS[part])
     head = sl.head_weights(model)
     assert selection.count == expected["trainable_excl_classifier"]
     assert selection.count + sum(p.numel() for p in head.values()) == expected["trainable"]
@@ -58,6 +58,6 @@ def test_the_shares_of_the_model_are_the_authors(which):
     name, model = which
     total = sum(p.numel() for p in model.parameters())
     assert total == GOLDEN[name]["total_params"]
-    assert 100 * biases(model).count / total == pytest.approx(
+    assert 100 * bitfit(model).count / total == pytest.approx(
         GOLDEN[name]["all"]["pct_excl_classifier"]
     )

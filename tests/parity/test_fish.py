@@ -1,4 +1,4 @@
-"""FISH masks against the numbers of the authors' code (Sung et al. 2021): scores, masks, counts, ties."""
+"""FISH masks against the authors' code (Sung et al. 2021): scores, masks, counts, ties."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.methods.fish import fish_mask, fisher_information
+from selective_lite.methods.fish import fish, fisher_information
 from selective_lite.scores import _accumulate
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -21,7 +21,7 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 
 class Toy(nn.Module):
-    """The authors' toy: two layers with tanh, a norm between them, a classifier; called as BERT is."""
+    """The authors' toy: two layers with tanh, a norm, a classifier; called as BERT is."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def data(golden):
 
 
 def absolute_gradient(model, data, head=None):
-    """The authors' `label-absolute`, the sum of |g_i| over samples: the default of their dataclass."""
+    """The authors' `label-absolute`, the sum of |g_i| over samples, their dataclass's default."""
     singles = [
         {key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(8)
     ]
@@ -91,7 +91,7 @@ def test_the_masks_with_the_classifier_inside_the_budget(golden, model, data, ki
     # The authors' policy: the classifier is always on and is paid for, the rest is the global top
     # k.
     k = int(INFO["total"] * ratio) - INFO["classifier"]
-    selection = fish_mask(SCORES[kind](model, data), k)
+    selection = sl.select(SCORES[kind](model, data), k)
     expected = {name: golden[f"mask_{kind}_{ratio}/{name}"].bool() for name in (*NAMES, *HEAD)}
     assert all(expected[name].all() for name in HEAD)
     assert selection.count == INFO[f"mask_{kind}_{ratio}"]["noncls_ones"]
@@ -102,12 +102,24 @@ def test_the_masks_with_the_classifier_inside_the_budget(golden, model, data, ki
 
 def test_the_overlaps_with_batches_and_with_the_true_fisher(model, data):
     k = INFO["k_0.4"]
-    per_sample = fish_mask(fisher_information(model, data), k)
+    per_sample = fish(model, data, k)
     batch = sl.select(sl.squared_gradient(model, data, reduction="batch"), k)
-    true = fish_mask(fisher_information(model, data, fisher="expected"), k)
+    true = fish(model, data, k, fisher="expected")
     assert per_sample.overlap(batch) == INFO["overlap_top_k(0.4) per-sample vs batch-8"]
     assert per_sample.overlap(true) == INFO["overlap_top_k(0.4) empirical vs true fisher"]
     assert true.count == INFO["mask_expect-square_0.4"]["noncls_ones"]
+
+
+def test_the_true_fisher_of_the_classifier_has_a_closed_form(golden, model):
+    """sum_c p_c (p_k - [c = k])^2 = p_k (1 - p_k), for a weight times the square of its input."""
+    data = [{"x": x} for x in golden["X"].split(8)]  # the model's own labels need no given ones
+    found = fisher_information(model, data, fisher="expected", head=())
+    with torch.no_grad():
+        hidden = torch.tanh(model.fc2(model.norm(torch.tanh(model.fc1(golden["X"])))))
+        p = model(golden["X"]).logits.softmax(-1)
+    variance = p * (1 - p)
+    torch.testing.assert_close(found["classifier.bias"], variance.sum(0), **TOLERANCE)
+    torch.testing.assert_close(found["classifier.weight"], variance.T @ hidden**2, **TOLERANCE)
 
 
 def test_ties_give_exactly_k_and_only_tied_weights_may_differ(golden):
@@ -118,7 +130,7 @@ def test_ties_give_exactly_k_and_only_tied_weights_may_differ(golden):
         sum(int((s == facts["threshold"]).sum()) for s in scores.values())
         == facts["n_equal_to_threshold"]
     )
-    selection = fish_mask(scores, facts["k"])
+    selection = sl.select(scores, facts["k"])
     assert selection.count == facts["kept"]
     theirs = {name: golden[f"fixed_mask_0.4/{name}"].bool() for name in NAMES}
     for name, mask in selection.masks().items():
@@ -131,4 +143,4 @@ def test_no_budget_is_too_small_for_the_classifier(model, data):
     # 10 % of 171 are fewer than the classifier's 27: the authors' code stops with an assertion,
     # ours never pays for it.
     assert int(INFO["total"] * 0.1) < INFO["classifier"]
-    assert fish_mask(fisher_information(model, data), 0.1).count == round(0.1 * 144)
+    assert fish(model, data, 0.1).count == round(0.1 * 144)

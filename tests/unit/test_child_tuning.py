@@ -1,10 +1,10 @@
-"""Child-Tuning: F's masks are fresh, of share p, and from the seed; D's child network is fixed and of exact size."""
+"""Child-Tuning: F's masks are fresh, of share p, and from the seed; D's child network is exact."""
 
 import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.methods.child_tuning import child_network, child_tuning_d, child_tuning_f, draw
+from selective_lite.methods.child_tuning import child_tuning, child_tuning_f, draw
 
 RATES = {"lr": 0.02, "epochs": 2}
 
@@ -17,9 +17,9 @@ def gradients_seen(model, method, data):
         for phase in method:
             mask = phase.before_step
 
-            def watched(progress, optimizer, mask=mask):
+            def watched(step, mask=mask):
                 plain = {name: p.grad.clone() for name, p in model.named_parameters()}
-                mask(progress, optimizer)
+                mask(step)
                 found.append(
                     (plain, {name: p.grad.clone() for name, p in model.named_parameters()})
                 )
@@ -101,7 +101,7 @@ def test_f_with_p_1_is_full_fine_tuning(build, batches):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_f_trains_what_has_a_gradient_and_puts_the_flags_back_after_an_error_too(build, batches):
+def test_f_trains_what_has_a_gradient_and_restores_the_flags_after_an_error_too(build, batches):
     model, data = build("toy"), batches("toy", 2)
     model.spare = torch.nn.Linear(2, 2).eval()  # no forward uses it
     model.first.weight.requires_grad_(False)
@@ -116,7 +116,14 @@ def test_f_trains_what_has_a_gradient_and_puts_the_flags_back_after_an_error_too
     assert caught.traceback
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["first.weight"]
     assert not any(module.training for module in model.modules())
-    assert not torch.equal(before["first.weight"], model.first.weight)
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert still == ["first.weight", "spare.weight", "spare.bias"]  # the first is the user's wish
+
+
+def test_rates_decay_and_epochs_reach_f_s_phase(build):
+    (phase,) = child_tuning_f(build("toy"), p=0.5, lr=0.1, lr_head=0.2, epochs=3, weight_decay=0.3)
+    assert [(g["lr"], g["weight_decay"]) for g in phase.groups] == [(0.1, 0.3), (0.2, 0.3)]
+    assert (phase.name, phase.epochs) == ("Child-Tuning-F", 3)
 
 
 @pytest.mark.parametrize("reduction", ["per_sample", "batch"])
@@ -125,69 +132,49 @@ def test_d_trains_exactly_the_child_network_and_the_head(build, batches, kind, r
     model, data = build(kind), batches(kind, 3)
     before, keys = sl.snapshot(model), list(model.state_dict())
     total = sum(p.numel() for p in sl.weights(model).values())
-    child = sl.select(sl.squared_gradient(model, data, reduction=reduction), 0.2)
-    method = child_tuning_d(
-        model, data, p=0.2, reduction=reduction, lr_head=0.01, weight_decay=0.1, **RATES
-    )
+    expected = sl.select(sl.squared_gradient(model, data, reduction=reduction), 0.2)
+    child = child_tuning(model, data, 0.2, reduction=reduction)
+    method = sl.fixed_mask(model, child, lr_head=0.01, weight_decay=0.1, **RATES)
     records = sl.fit(model, method, data)
     assert [r["phase"] for r in records] == ["Child-Tuning-D"] * 6
-    assert child.count == round(0.2 * total)
-    for name, mask in child.masks().items():
+    assert child.count == expected.count == round(0.2 * total)
+    for name, mask in expected.masks().items():
         assert torch.equal(model.get_parameter(name) != before[name], mask), name
     assert all((p != before[name]).all() for name, p in sl.head_weights(model).items())
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_options_reach_d_s_scores_and_phase(build, batches):
+def test_options_reach_d_s_scores(build, batches):
     model, data = build("toy"), batches("toy", 2)
-    (phase,) = child_tuning_d(
-        model, data, p=0.1, lr=0.1, lr_head=0.2, epochs=3, weight_decay=0.3, frozen=("embedding",)
-    )
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
-        (0.1, 0.3),
-        (0.2, 0.3),
-    ]
-    assert phase.epochs == 3
-    assert "embedding.weight" not in phase.selection.indices
-    assert "embedding.weight" in child_network(model, data, p=0.5).indices
+    assert "embedding.weight" in child_tuning(model, data, 0.5).indices
+    assert "embedding.weight" not in child_tuning(model, data, 0.5, exclude="embedding").indices
+    assert child_tuning(model, data, 7).count == 7
+    assert child_tuning(model, data).count == round(0.3 * 164)
 
     def on_one_weight(model, batch):
         return model.second.weight.square().sum()
 
-    assert set(child_network(model, data, p=0.1, loss=on_one_weight).indices) == {"second.weight"}
-    (phase,) = child_tuning_d(model, data, p=0.1, loss=on_one_weight, **RATES)
-    assert set(phase.selection.indices) == {"second.weight"}
-    assert (
-        "second.weight"
-        not in child_network(model, data, p=0.1, head=("second", "classifier")).shapes
-    )
+    assert set(child_tuning(model, data, 0.1, loss=on_one_weight).indices) == {"second.weight"}
+    named = child_tuning(model, data, 0.1, head=("second", "classifier"))
+    # Of the toy's 164 candidates, 35 are in the head now.
+    assert "second.weight" not in named.shapes
+    assert named.count == round(0.1 * 129)
 
 
-def test_the_head_may_be_named_in_both(build, batches):
-    model, data, head = build("toy"), batches("toy", 2), ("second", "classifier")
+def test_the_head_of_f_may_be_named(build):
+    model = build("toy")
+    (phase,) = child_tuning_f(model, head=("second", "classifier"), **RATES)
     named = {id(p) for p in (*model.second.parameters(), *model.classifier.parameters())}
-    for method in (
-        child_tuning_f(model, head=head, **RATES),
-        child_tuning_d(model, data, p=0.1, head=head, **RATES),
-    ):
-        (phase,) = method
-        assert {id(p) for p in phase.groups[1]["params"]} == named
-    assert phase.selection.count == round(
-        0.1 * 129
-    )  # of the toy's 164 candidates, 35 are in the head now
+    assert {id(p) for p in phase.groups[1]["params"]} == named
 
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.5, float("nan")])
-def test_a_share_outside_its_range_raises_before_anything_is_done(build, batches, p):
-    model, data = build("toy"), batches("toy", 1)
-    before = sl.snapshot(model)
-    for method in (child_tuning_f(model, p=p, **RATES), child_tuning_d(model, data, p=p, **RATES)):
-        with pytest.raises(ValueError, match=rf"p={p} is outside \(0, 1\]"):
-            sl.fit(model, method, data)
-    assert all(
-        torch.equal(before[name], q) and q.requires_grad for name, q in model.named_parameters()
-    )
+def test_a_share_outside_its_range_raises_at_the_call(build, p):
+    with pytest.raises(ValueError, match=rf"p={p} is outside \(0, 1\]"):
+        child_tuning_f(build("toy"), p=p, **RATES)
+    with pytest.raises(ValueError, match=rf"budget={p} is outside \(0, 1\]"):
+        child_tuning(build("toy"), [], p)
 
 
 def test_bad_options_of_d_raise_and_the_model_is_as_it_was(build, batches):
@@ -195,11 +182,11 @@ def test_bad_options_of_d_raise_and_the_model_is_as_it_was(build, batches):
     before = sl.snapshot(model)
     for options, message in (
         ({"reduction": "mean"}, "reduction='mean' is unknown"),
-        ({"frozen": ("frist",)}, "frozen='frist' names no parameter"),
-        ({"p": 1.0}, "scores are non-zero; lower it"),  # rows of words that no sample has
+        ({"exclude": ("frist",)}, "exclude='frist' names no parameter"),
+        ({"budget": 1.0}, "scores are non-zero; lower it"),  # rows of words that no sample has
     ):
         with pytest.raises(ValueError, match=message):
-            sl.fit(model, child_tuning_d(model, data, **RATES, **options), data)
+            child_tuning(model, data, **options)
     assert all(
         torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
     )

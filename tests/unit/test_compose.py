@@ -104,10 +104,11 @@ def test_heads_must_be_the_same_or_one_is_chosen(build, base):
         for i, value in enumerate((1.0, 2.0))
     ]
     with pytest.raises(
-        ValueError, match=r"deltas\[0\] and deltas\[1\] have different heads; give head=0 to head=1"
+        ValueError,
+        match=r"deltas\[0\] and deltas\[1\] have different heads; give head=0 to head=1, the delta",
     ):
         sl.combine(base, deltas, [1, 1])
-    with pytest.raises(ValueError, match="head=2 is no index of 2 deltas"):
+    with pytest.raises(ValueError, match="head=2 is not an index of 2 deltas"):
         sl.combine(base, deltas, [1, 1], head=2)
     for i, value in enumerate((1.0, 2.0)):
         assert (sl.combine(base, deltas, [1, 1], head=i).head["classifier.weight"] == value).all()
@@ -131,7 +132,7 @@ def test_what_cannot_be_summed_is_refused(build, base, pair):
     model = build("toy")
     sl.add_adapters(model, "second.weight", rank=1)
     with pytest.raises(
-        ValueError, match=r"deltas\[1\] has small modules, which are no difference of a weight"
+        ValueError, match=r"deltas\[1\] has small modules, which are not a difference of a weight"
     ):
         sl.combine(base, [deltas[0], sl.diff(base, model)], [1, 1])
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import selective_lite as sl
 from selective_lite.methods.diff_pruning import Relaxed, diff_pruning
@@ -252,13 +253,14 @@ def test_exactly_k_weights_differ_at_the_end(build, batches, kind, groups, penal
     data, loss = (
         (points(), cross_entropy) if kind == "sequential" else (batches(kind, 4), sl.model_loss)
     )
+    head = () if kind == "sequential" else None
     before, keys = sl.snapshot(model), list(model.state_dict())
-    method = diff_pruning(model, 25, epochs=(3, 1), groups=groups, penalty=penalty, **ON_THE_WAY)
-    records = sl.fit(model, method, data, loss=loss)
+    options = {"groups": groups, "penalty": penalty, "head": head, **ON_THE_WAY}
+    records = sl.fit(model, diff_pruning(model, 25, epochs=(3, 1), **options), data, loss=loss)
 
     assert [r["phase"] for r in records] == ["relaxed"] * 12 + ["fixed mask"] * 4
-    assert sum(int((p != before[name]).sum()) for name, p in sl.weights(model).items()) == 25
-    assert all((p != before[name]).all() for name, p in sl.head_weights(model).items())
+    assert sum(int((p != before[n]).sum()) for n, p in sl.weights(model, head).items()) == 25
+    assert all((p != before[n]).all() for n, p in sl.head_weights(model, head).items())
     assert list(model.state_dict()) == keys
     assert not any(module.training for module in model.modules())
     assert records[0]["penalty"] > 0
@@ -350,8 +352,9 @@ def test_a_bad_argument_raises_at_the_call(build, options, error, message):
 
 
 def begun(model, budget=5, **options):
-    """The relaxed phase of a method, its gates and differences at random places; the rest of it."""
-    rest = iter(diff_pruning(model, budget, **{"epochs": (1, 1), **ON_THE_WAY, **options}))
+    """The relaxed phase of a method, its gates and differences at random places; and the rest."""
+    options = {"epochs": (1, 1), "head": (), **ON_THE_WAY, **options}
+    rest = iter(diff_pruning(model, budget, **options))
     phase = next(rest)
     settle(phase.model)
     return phase, rest
@@ -468,7 +471,7 @@ def test_a_location_at_the_threshold_is_closed():
 def test_the_seed_decides_what_is_trained():
     def trained(seed):
         model = sequential()
-        method = diff_pruning(model, 20, epochs=(2, 1), seed=seed, **ON_THE_WAY)
+        method = diff_pruning(model, 20, epochs=(2, 1), seed=seed, head=(), **ON_THE_WAY)
         return [record["loss"] for record in sl.fit(model, method, points(), loss=cross_entropy)]
 
     assert trained(1) == trained(1) != trained(2)
@@ -493,6 +496,136 @@ def test_a_function_groups_the_gates():
             log_alpha.fill_(9.0)
     delta = relaxed.differences()
     assert torch.equal(delta["0.weight"].any(1), torch.arange(8) == 2)
+
+
+def test_what_the_user_froze_stays_frozen_and_has_no_gate(build, batches):
+    model = build("bert")
+    model.bert.embeddings.requires_grad_(False)
+    before = sl.snapshot(model)
+    phases = iter(diff_pruning(model, 25, epochs=(3, 1), **ON_THE_WAY))
+    relaxed = next(phases)
+    assert list(relaxed.model.names) == list(sl.weights(model))
+    assert not any("embeddings" in name for name in relaxed.model.names)
+
+    def method():
+        yield relaxed
+        yield from phases
+
+    sl.fit(model, method(), batches("bert", 4))
+    moved = {n: int((p != before[n]).sum()) for n, p in model.named_parameters()}
+    assert sum(moved[name] for name in sl.weights(model)) == 25
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in moved if "embeddings" in name}
+    assert not any(moved[name] for name in frozen)
+
+
+@pytest.mark.parametrize("groups", [None, "layer"])
+def test_what_is_excluded_stays_as_it_was_and_counts_in_the_total(build, batches, groups):
+    model, out = build("bert"), ("bert.embeddings", "bert.encoder.layer.1")
+    before = sl.snapshot(model)
+    options = {"groups": groups, "exclude": out, **ON_THE_WAY}
+    phases = diff_pruning(model, 0.01, epochs=(3, 1), **options)
+    found = []
+
+    def watched():
+        for phase in phases:
+            found.append(phase.selection)
+            yield phase
+
+    sl.fit(model, watched(), batches("bert", 4))
+    candidates = sl.weights(model)
+    k = sl.resolve_budget(0.01, sum(p.numel() for p in candidates.values()))
+    moved = {name: int((p != before[name]).sum()) for name, p in candidates.items()}
+    assert sum(moved.values()) == k == found[1].count
+    assert not any(count for name, count in moved.items() if name.startswith(out))
+    assert list(found[1].shapes) == list(candidates)
+    assert found[1].method == "Diff Pruning"
+
+
+def test_an_exclusion_that_leaves_too_little_raises(build):
+    model = build("toy")
+    with pytest.raises(ValueError, match="exclude='embeding' names no parameter"):
+        diff_pruning(model, 5, epochs=(1, 1), exclude="embeding", **ON_THE_WAY)
+    everything = ("embedding", "first", "norm", "second")
+    with pytest.raises(ValueError, match="leaves no weight to gate"):
+        diff_pruning(model, 5, epochs=(1, 1), exclude=everything, **ON_THE_WAY)
+    few = ("embedding", "first", "second")
+    with pytest.raises(ValueError, match="asks for 15 weights, but only 14 are not excluded"):
+        diff_pruning(model, 15, epochs=(1, 1), exclude=few, **ON_THE_WAY)
+
+
+def test_a_tensor_that_cannot_be_selected_in_part_is_refused_by_name_and_can_be_excluded():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 3))
+    options = {"epochs": (1, 1), "head": (), **ON_THE_WAY}
+    with pytest.raises(ValueError, match=r"'0\.weight' is an embedding with max_norm"):
+        diff_pruning(model, 5, **options)
+    phase = next(iter(diff_pruning(model, 5, exclude="0", **options)))
+    assert phase.model.names == ["1.weight", "1.bias"]
+
+
+def test_a_model_in_masked_training_is_refused(build, pick):
+    model = build("toy")
+    with sl.masked(model, pick(model)), pytest.raises(ValueError, match="already in masked"):
+        diff_pruning(model, 5, epochs=(1, 1), **ON_THE_WAY)
+
+
+def test_a_model_without_values_is_refused(build):
+    model = build("toy").to("meta")
+    with pytest.raises(ValueError, match=r"'embedding\.weight' is on the meta device"):
+        diff_pruning(model, 5, epochs=(1, 1), **ON_THE_WAY)
+
+
+def compiled_as_a_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_part(model):
+    model.first = torch.compile(model.first, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled_as_a_whole, compiled_in_part])
+def test_a_compiled_model_is_trained_as_the_plain_one_is(build, batches, wrap):
+    plain, other = build("toy"), build("toy")
+    wrapped = wrap(other)
+    for model in (plain, wrapped):
+        torch.manual_seed(3)  # dropout
+        method = diff_pruning(model, 25, epochs=(3, 1), groups="tensor", **ON_THE_WAY)
+        sl.fit(model, method, batches("toy", 4))
+    before = dict(sl.weights(build("toy")))
+    assert list(sl.weights(wrapped)) == list(before)
+    for name, p in sl.weights(wrapped).items():
+        assert torch.equal(p, plain.get_parameter(name)), name
+    assert sum(int((p != before[n]).sum()) for n, p in sl.weights(wrapped).items()) == 25
+
+
+def test_a_weight_need_not_be_contiguous():
+    model = sequential()
+    turned = torch.randn(6, 8).t()
+    model[0].weight = nn.Parameter(turned)
+    assert not model[0].weight.is_contiguous()
+    before = sl.snapshot(model)
+    method = diff_pruning(model, 20, epochs=(2, 1), head=(), **ON_THE_WAY)
+    sl.fit(model, method, points(), loss=cross_entropy)
+    assert sum(int((p != before[n]).sum()) for n, p in model.named_parameters()) == 20
+
+
+def test_a_model_in_several_processes_is_refused():
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        model = nn.parallel.DistributedDataParallel(sequential())
+        with pytest.raises(ValueError, match="would not average the gradients of differences"):
+            begun(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_method_is_used_once(build, batches):
+    model = build("toy")
+    method = diff_pruning(model, 5, epochs=(1, 1), **ON_THE_WAY)
+    sl.fit(model, method, batches("toy", 4))
+    with pytest.raises(ValueError, match="used"):
+        sl.fit(model, method, batches("toy", 4))
 
 
 @pytest.mark.parametrize("kind", ["toy", "bert"])

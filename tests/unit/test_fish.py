@@ -1,12 +1,10 @@
-"""FISH: which samples and labels the score sees, exactly k trained weights, and bad input that changes nothing."""
+"""FISH: which samples and labels the score sees, the mask, and bad input that changes nothing."""
 
 import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.methods.fish import fish, fish_mask, fisher_information
-
-RATES = {"lr": 0.02, "epochs": 2}
+from selective_lite.methods.fish import fish, fisher_information
 
 
 def test_the_score_uses_the_first_samples_and_no_others(build, batches):
@@ -66,24 +64,37 @@ def test_the_loss_is_the_one_given(build, batches):
     torch.testing.assert_close(four["first.weight"], 4 * one["first.weight"])
 
 
+def test_batches_may_be_tuples_under_a_loss_of_one_s_own(build, batches):
+    model, data = build("toy"), batches("toy", 3)
+    tuples = [(batch["input_ids"], batch["labels"]) for batch in data]
+    found = fish(
+        model,
+        tuples,
+        20,
+        samples=5,
+        loss=lambda model, batch: model(batch[0], labels=batch[1]).loss,
+    )
+    assert found.overlap(fish(model, data, 20, samples=5)) == 1.0
+
+
 def test_the_mask_is_the_global_top_k(build, batches):
-    model = build("toy")
-    scores = fisher_information(model, batches("toy", 3))
-    selection = fish_mask(scores, 20)
+    model, data = build("toy"), batches("toy", 3)
+    scores = fisher_information(model, data, samples=5)
+    selection = fish(model, data, 20, samples=5)
     every = torch.cat([s.flatten() for s in scores.values()])
     chosen = torch.cat([scores[name].flatten()[index] for name, index in selection.indices.items()])
     assert torch.equal(chosen.sort().values, every.sort().values[-20:])
+    assert selection.method == "FISH"
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "expected"])
 @pytest.mark.parametrize("kind", ["toy", "bert"])
-def test_exactly_k_weights_and_the_head_are_trained(build, batches, kind, fisher):
+def test_exactly_the_mask_and_the_head_are_trained(build, batches, kind, fisher):
     model, data = build(kind), batches(kind, 3)
     before, keys = sl.snapshot(model), list(model.state_dict())
-    expected = fish_mask(fisher_information(model, data, samples=5, fisher=fisher, seed=1), 25)
-    method = fish(
-        model, 25, data, samples=5, fisher=fisher, seed=1, lr_head=0.01, weight_decay=0.1, **RATES
-    )
+    expected = sl.select(fisher_information(model, data, samples=5, fisher=fisher, seed=1), 25)
+    selection = fish(model, data, 25, samples=5, fisher=fisher, seed=1)
+    method = sl.fixed_mask(model, selection, lr=0.02, epochs=2, lr_head=0.01, weight_decay=0.1)
     records = sl.fit(model, method, data)
 
     assert [r["phase"] for r in records] == ["FISH"] * 6
@@ -97,45 +108,47 @@ def test_exactly_k_weights_and_the_head_are_trained(build, batches, kind, fisher
 
 def test_a_causal_language_model_is_scored_with_its_given_labels(build, batches):
     model, data = build("llama"), batches("llama", 2)
-    before = sl.snapshot(model)
-    sl.fit(model, fish(model, 0.01, data, **RATES), data)
     total = sum(p.numel() for p in model.parameters())
-    assert sum(int((p != before[name]).sum()) for name, p in model.named_parameters()) == round(
-        0.01 * total
-    )
+    selection = fish(model, data, 0.01)
+    assert (selection.count, selection.total) == (round(0.01 * total), total)
+    before = sl.snapshot(model)
+    sl.fit(model, sl.fixed_mask(model, selection, lr=0.02, epochs=2), data)
+    moved = sum(int((p != before[name]).sum()) for name, p in model.named_parameters())
+    assert moved == selection.count
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_rates_decay_and_epochs_reach_the_phase(build, batches):
-    model, data = build("toy"), batches("toy", 1)
-    (phase,) = fish(model, 9, data, lr=0.1, lr_head=0.2, epochs=3, weight_decay=0.3)
-    assert [(group["lr"], group["weight_decay"]) for group in phase.groups] == [
-        (0.1, 0.3),
-        (0.2, 0.3),
-    ]
-    assert phase.epochs == 3
-    assert phase.selection.count == 9
-
-
-def test_what_is_frozen_is_never_selected_and_still_counts_in_the_total(build, batches):
+def test_what_is_excluded_is_never_selected_and_still_counts_in_the_total(build, batches):
     model, data = build("vit"), batches("vit", 2)
     total = sum(p.numel() for p in sl.weights(model).values())
-    (phase,) = fish(model, 0.2, data, frozen=("vit.embeddings",), **RATES)
-    assert phase.selection.count == round(0.2 * total)
-    assert phase.selection.total == total
-    assert not any(name.startswith("vit.embeddings") for name in phase.selection.indices)
-    with pytest.raises(ValueError, match="has no sampled gradient"):
-        next(fish(model, 0.5, data, **RATES))  # a part of the convolution
+    usual = fish(model, data, 0.2)
+    assert any(name.startswith("vit.embeddings") for name in usual.indices)
+    selection = fish(model, data, 0.2, exclude=("vit.embeddings",))
+    assert (selection.count, selection.total) == (round(0.2 * total), total)
+    assert not any(name.startswith("vit.embeddings") for name in selection.indices)
+
+
+def test_what_the_user_froze_is_not_selected(build, batches):
+    model = build("bert")
+    model.bert.embeddings.requires_grad_(False)
+    selection = fish(model, batches("bert", 2), 0.2)
+    assert not any(name.startswith("bert.embeddings") for name in selection.shapes)
+    assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
 
 
 def test_the_head_may_be_named(build, batches):
     model, data = build("toy"), batches("toy", 2)
     for fisher in ("empirical", "sampled", "expected"):
-        (phase,) = fish(model, 9, data, fisher=fisher, head=("second", "classifier"), **RATES)
-        assert "second.weight" not in phase.selection.shapes
-        assert {id(p) for p in phase.groups[1]["params"]} == {
-            id(p) for p in (*model.second.parameters(), *model.classifier.parameters())
-        }
+        selection = fish(model, data, 9, fisher=fisher, head=("second", "classifier"))
+        assert selection.count == 9
+        assert "second.weight" not in selection.shapes
+
+
+class Unscored(list):
+    """Batches that must not be asked for."""
+
+    def __iter__(self):
+        raise AssertionError("scored before the options were checked")
 
 
 @pytest.mark.parametrize(
@@ -145,30 +158,38 @@ def test_the_head_may_be_named(build, batches):
         ({"samples": 0}, ValueError, "samples=0 must be at least 1"),
         ({"budget": True}, TypeError, "budget=True is a bool"),
         ({"budget": 10**6}, ValueError, "budget=1000000 is outside"),
-        ({"batches": []}, ValueError, "batches is empty"),
-        ({"batches": [], "fisher": "expected"}, ValueError, "batches is empty"),
-        ({"frozen": ("frist",)}, ValueError, "frozen='frist' names no parameter"),
+        ({"exclude": ("frist",)}, ValueError, "exclude='frist' names no parameter"),
         ({"head": ("clasifier",)}, ValueError, "head='clasifier' names no parameter"),
     ],
 )
-def test_bad_input_raises_and_the_model_is_as_it_was(build, batches, options, error, message):
+def test_a_bad_option_raises_before_anything_is_scored(build, options, error, message):
+    model = build("toy").train()
+    with pytest.raises(error, match=message):
+        fish(model, Unscored(), **{"budget": 9, **options})
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "expected"])
+def test_no_batch_raises_and_the_model_is_as_it_was(build, fisher):
     model = build("toy").train()
     before = sl.snapshot(model)
-    arguments = {"budget": 9, "batches": batches("toy", 1), **RATES, **options}
-    with pytest.raises(error, match=message):
-        sl.fit(
-            model,
-            fish(model, arguments.pop("budget"), arguments.pop("batches"), **arguments),
-            batches("toy", 1),
-        )
+    with pytest.raises(ValueError, match="batches is empty"):
+        fish(model, [], 9, fisher=fisher)
     assert all(
         torch.equal(before[name], p) and p.requires_grad for name, p in model.named_parameters()
     )
     assert all(module.training for module in model.modules())
 
 
+def test_a_tensor_that_cannot_be_selected_in_part_is_named_before_anything_is_scored(build):
+    model = build("toy")
+    model.embedding.max_norm = 1.0
+    with pytest.raises(ValueError, match=r"'embedding.weight' is an embedding with max_norm"):
+        fish(model, Unscored(), 9)
+
+
 def test_a_head_of_zeros_raises_instead_of_selecting_by_chance(build, batches):
     model, data = build("toy"), batches("toy", 1)
     torch.nn.init.zeros_(model.classifier.weight)
     with pytest.raises(ValueError, match="scores are zero for every weight"):
-        next(fish(model, 9, data, **RATES))
+        fish(model, data, 9)

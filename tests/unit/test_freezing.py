@@ -72,20 +72,45 @@ def test_each_layer_learns_slower_than_the_one_above_it(build, batches):
     assert not torch.equal(before["bert.pooler.dense.weight"], model.bert.pooler.dense.weight)
 
 
-def test_frozen_weights_learn_too_and_are_frozen_again_after_it(build, batches):
+@pytest.mark.parametrize("all_frozen", [False, True])
+def test_what_the_user_froze_stays_frozen_unless_it_is_everything(build, batches, all_frozen):
     model = build("bert")
-    frozen = model.bert.pooler.dense.weight.requires_grad_(False)
-    before = frozen.clone()
+    frozen = model.bert.pooler.dense.weight
+    (model if all_frozen else frozen).requires_grad_(False)
+    flags, before = [p.requires_grad for p in model.parameters()], frozen.clone()
     sl.fit(model, layerwise_rates(model, lr=0.1, decay=0.5, epochs=1), batches("bert", 1))
-    assert not torch.equal(frozen, before)
-    assert [p.requires_grad for p in model.parameters()] == [
-        p is not frozen for p in model.parameters()
+    assert torch.equal(frozen, before) != all_frozen
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_the_last_layers_are_counted_from_the_top_whatever_is_frozen_below(build):
+    model = build("bert")
+    model.bert.encoder.layer[0].requires_grad_(False)
+    model.bert.embeddings.requires_grad_(False)
+    (expected, found) = (last_layers(m, 1) for m in (build("bert"), model))
+    assert list(found.indices) == list(expected.indices)
+    assert found.method == "last 1 layers"
+    with pytest.raises(ValueError, match=r"count=2 is outside \[1, 1\]"):
+        last_layers(model, 2)
+
+
+def test_a_plain_stack_has_numbered_blocks_too():
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+    assert list(last_layers(model, 2, head=()).indices) == [
+        "1.weight",
+        "1.bias",
+        "2.weight",
+        "2.bias",
     ]
 
 
-def test_bad_decay_and_a_model_without_blocks_raise(build):
+def test_bad_options_raise_at_the_call(build):
     for decay in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"decay={decay} is outside"):
-            next(layerwise_rates(build("bert"), lr=0.1, decay=decay, epochs=1))
+            layerwise_rates(build("bert"), lr=0.1, decay=decay, epochs=1)
+    with pytest.raises(ValueError, match="epochs=0 of phase 'layer-wise'"):
+        layerwise_rates(build("bert"), lr=0.1, decay=0.5, epochs=0)
+    with pytest.raises(ValueError, match="model has no numbered blocks"):
+        layerwise_rates(build("toy"), lr=0.1, decay=0.5, epochs=1)
     with pytest.raises(ValueError, match="model has no numbered blocks"):
         depths(build("toy"))

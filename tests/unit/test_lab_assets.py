@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from selective_lite.lab.data import assets
-from selective_lite.lab.data.assets import ASSETS, Asset, asset, bundle, cache_folder
+from selective_lite.lab.data.assets import ASSETS, Asset, asset, cache_folder
 
 
 def zipped(**members):
@@ -156,14 +156,3 @@ def test_the_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.delenv(assets.FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "selective_lite"
-
-
-def test_a_bundle_is_a_folder_that_works_alone(cache, tmp_path, monkeypatch):
-    cache.mkdir()
-    (cache / NAME).write_bytes(WHEEL)
-    for name in set(ASSETS) - {"tiny"}:
-        monkeypatch.delitem(ASSETS, name)
-    bundle(tmp_path / "classroom")
-    monkeypatch.setenv(assets.FOLDER_VARIABLE, str(tmp_path / "classroom"))
-    assert (asset("tiny") / "model.txt").read_text() == "weights"
-    assert asset("tiny").is_relative_to(tmp_path / "classroom")

@@ -63,6 +63,14 @@ def test_the_table_has_a_line_a_method_and_budget_and_marks_single_seeds():
     assert ["one seed" in line for line in lines] == [False, False, False, True, True]
 
 
+def test_a_table_of_rows_of_the_first_edition_says_so_once_and_first():
+    rows = [*ROWS[:-1], {**ROWS[-1], "edition": "first"}]
+    table = comparison.table(rows, NAMES)
+    assert table.splitlines()[0].startswith("First edition")
+    assert table.count("First edition") == 1
+    assert table.splitlines()[1:] == comparison.table(ROWS, NAMES).splitlines()
+
+
 def test_every_method_with_rows_is_drawn_and_described():
     _, ax = plt.subplots()
     comparison.draw(ax, ROWS, NAMES)
@@ -72,7 +80,7 @@ def test_every_method_with_rows_is_drawn_and_described():
     plt.close("all")
     assert hollow == {(33.0,)}  # one seed
     assert {(100.0, 10.0), (100.0,), (33.0,)} <= drawn
-    text = comparison.described(ROWS, NAMES)
+    text = comparison.alt_text(ROWS, NAMES)
     assert "Ours 85.0 % with 10; Ours 89.5 % with 100" in text
     with pytest.raises(ValueError, match="absent"):
         comparison.draw(ax, ROWS, {"absent": "Absent"})
@@ -99,7 +107,7 @@ def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
     assert "not in results: nothing" in said
     assert "400 test examples; the commoner answer alone: 50.0%" in said
     monkeypatch.setattr(comparison, "stale", lambda rows: rows[:1])
-    with pytest.raises(AssertionError, match="make results"):
+    with pytest.raises(AssertionError, match="make restamp"):
         comparison.show("toy", {"full": "full"})
 
 
@@ -109,6 +117,6 @@ def test_a_forest_draws_and_says_every_difference(monkeypatch, capsys):
         comparison.plots, "interval", lambda ax, rows, unit: drawn.append((rows, unit))
     )
     differences = comparison.paired(ROWS, NAMES, [("ours", "full"), ("ours", "random")])
-    comparison.forest(iter(differences))
+    comparison.show_differences(iter(differences))
     assert drawn == [(differences, "points")]
     assert comparison.sentences(differences) in capsys.readouterr().out

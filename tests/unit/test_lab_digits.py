@@ -10,7 +10,6 @@ from selective_lite.lab.data.digits import (
     inverted,
     load_digits,
     noisy,
-    relabelled,
     rotated,
 )
 
@@ -114,16 +113,6 @@ def test_noise_is_seeded_and_stays_within_the_range(few):
     assert torch.equal(noisy(few, 0.0).pixels, few.pixels)
     grey = Images(torch.full((50, 1, 28, 28), 0.5), torch.zeros(50, dtype=torch.int64))
     assert (noisy(grey, 0.1).pixels - 0.5).std() == pytest.approx(0.1, rel=0.02)
-
-
-def test_labels_get_other_names_and_the_images_stay(few):
-    found = relabelled(few, [0, 1] * 5)
-    assert torch.equal(found.labels, few.labels % 2)
-    assert found.pixels is few.pixels
-    with pytest.raises(
-        ValueError, match="names holds 3 labels; give one for each of the 10 digits"
-    ):
-        relabelled(few, [0, 1, 2])
 
 
 def test_a_shift_is_mapped_over_every_split(digits):

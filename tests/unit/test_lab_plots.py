@@ -162,13 +162,13 @@ def test_where_counts_by_layer_and_kind():
             "encoder.layer.0.attention.self.query.bias": 5,
         },
     )
-    rows, columns, fractions = plots.where(selection)
+    rows, columns, fractions = plots.share_by_layer(selection)
     assert (rows, columns) == (["before", "1", "after"], ["embed", "query", "other", "norm, bias"])
     none = np.nan
     np.testing.assert_allclose(
         fractions, [[0.01, none, none, none], [none, 0.5, none, 0.25], [none, none, 0.0, none]]
     )
-    fig = plots.where_selected(selection)
+    fig = plots.share_figure(selection)
     assert sorted(text.get_text() for text in fig.axes[0].texts) == ["0", "1.0", "25", "50"]
 
 

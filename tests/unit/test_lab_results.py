@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from selective_lite.lab import results
+from selective_lite.lab.experiments import movies
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,30 @@ def test_rows_of_other_code_are_stale_and_run_again(checkout):
     assert results.read("toy") == fresh
 
 
+def test_rows_of_the_first_edition_are_neither_stale_nor_run_again(checkout):
+    results.run_missing("toy", CONFIGS[:1], lambda config: {"accuracy": 0.5}, roots)
+    first = [{**row, "edition": "first"} for row in results.read("toy")]
+    results.write("toy", first)
+    checkout["hash"] = "tomorrow"
+    assert results.stale(first) == []
+    assert results.changed(first) == first
+    assert results.run_missing("toy", CONFIGS[:1], lambda config: {}, roots) == first
+
+
+def test_code_that_is_gone_makes_a_row_stale_and_a_row_of_a_study_asks_the_study(monkeypatch):
+    def gone(names):
+        raise ValueError("no such definition")
+
+    row = {"config": {"method": "fish"}, "roots": ["gone.py:run"], "library": "x"}
+    monkeypatch.setattr(results, "code_hash", gone)
+    assert results.stale([row]) == [row]
+    assert list(results.roots_of(row)) == ["gone.py:run"]
+    asked = results.roots_of({**row, "study": "movies"})
+    assert asked == movies.STUDY.roots(row["config"])
+    assert any(root.endswith("recipes.py:fish") for root in asked)
+    assert results.stale([{**row, "study": "movies", "config": {"method": "gone"}}]) != []
+
+
 def test_a_row_carries_the_code_that_it_started_with(checkout):
     def run(config):
         checkout["hash"] = "edited meanwhile"
@@ -174,6 +199,33 @@ def test_pairing_cancels_what_the_runs_share_and_seeds_widen_the_interval():
     assert (mean, low, high) == (0.5, 0.0, 1.0)
 
 
-def test_a_missing_pair_raises():
-    with pytest.raises(ValueError, match="zip"):
-        results.paired_difference([np.ones(3, bool)], [])
+def test_bits_saved_per_token_on_a_hand_case():
+    first, second, tokens = [[8.0, 4.0]], [[6.0, 3.0]], [4, 2]
+    mean, low, high = results.paired_difference(first, second, weight=tokens)
+    assert mean == 0.5  # three bits of twelve, over six tokens
+    assert (low, high) == (0.5, 0.5)  # both texts save half a bit per token
+    assert results.paired_difference(second, first, weight=tokens)[0] == -0.5
+
+
+def test_a_weighted_interval_is_that_of_a_mean_if_examples_are_many_and_covers_seeds():
+    tokens = np.full(400, 10)
+    noise = np.random.default_rng(0).normal(size=(1, 400))
+    _, low, high = results.paired_difference(noise, noise * 0, weight=tokens)
+    assert high - low == pytest.approx(2 * 1.96 * noise.std() / 400**0.5 / 10, rel=0.1)
+    # One seed saves nothing, the other a bit per token.
+    runs = np.stack([np.zeros(400), np.full(400, 10.0)])
+    assert results.paired_difference(runs, runs * 0, weight=tokens) == (0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "weight", "message"),
+    [
+        ([[1, 1, 1]], [], None, r"ours is \(1, 3\), theirs \(0,\)"),
+        ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], None, r"ours is \(1, 2\), theirs \(1, 3\)"),
+        ([[1.0, 2.0]], [[1.0, 2.0]], [1, 1, 1], r"weight \(3,\)"),
+        ([[1.0, 2.0], [1.0]], [[1.0, 2.0]], None, r"ours is \(0,\)"),
+    ],
+)
+def test_runs_that_cannot_be_paired_are_refused(ours, theirs, weight, message):
+    with pytest.raises(ValueError, match=message):
+        results.paired_difference(ours, theirs, weight=weight)

@@ -1,14 +1,16 @@
-"""The committed rows of `results/`: made by today's code, complete, and chosen inside their grids."""
+"""The committed rows of `results/`: by today's code, complete, and with rates inside their grids."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from selective_lite.lab import results
-from selective_lite.lab.experiments import movies, run
+from selective_lite.lab import comparison, results
+from selective_lite.lab.experiments import movies
+from selective_lite.lab.experiments.studies import STUDIES
 
 FILES = sorted(path.stem for path in results.CHECKOUT.glob("*.json"))
+OF_STUDIES = sorted(set(FILES) & {name + end for name in STUDIES for end in ("", "_rates")})
 
 
 def test_there_are_rows():
@@ -18,30 +20,29 @@ def test_there_are_rows():
 @pytest.mark.parametrize("name", FILES)
 def test_no_row_is_stale(name):
     old = [row["config"] for row in results.stale(results.read(name))]
-    assert not old, f"made by other code than today's; run `make results`: {old}"
+    assert not old, f"its code has changed; run `make restamp`, then `make results`: {old}"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_row_says_where_it_comes_from(name):
-    for row in results.read(name):
-        assert {"config", "seconds", "device", "threads", "versions", "roots", "library"} <= set(
-            row
-        )
+    keys = {"config", "seconds", "device", "threads", "versions", "roots", "library"}
+    assert all(keys <= set(row) for row in results.read(name))
 
 
-def test_every_config_has_its_row():
-    for name, configs in (
-        (movies.NAME + "_rates", movies.rate_configs()),
-        (movies.NAME, movies.configs()),
-    ):
-        assert [row["config"] for row in results.read(name)] == json.loads(
-            json.dumps(list(configs))
-        )
+@pytest.mark.parametrize("name", OF_STUDIES)
+def test_a_row_of_the_first_edition_says_so_and_pages_repeat_it(name):
+    rows = results.read(name)
+    assert {row["study"] for row in rows} == {name.removesuffix("_rates")}
+    assert {row.get("edition", "first") for row in rows} == {"first"}
+    first = [row for row in rows if "edition" in row]
+    assert comparison.edition(rows).startswith("First edition") == bool(first)
 
 
-def test_every_row_s_code_is_the_one_that_the_plan_would_run():
-    for name in (movies.NAME, movies.NAME + "_rates"):
-        assert all(row["roots"] == run.roots(row["config"]) for row in results.read(name))
+@pytest.mark.parametrize("name", OF_STUDIES)
+def test_every_config_has_its_row(name):
+    study = STUDIES[name.removesuffix("_rates")]
+    configs = study.rate_configs() if name.endswith("_rates") else study.configs()
+    assert [row["config"] for row in results.read(name)] == json.loads(json.dumps(list(configs)))
 
 
 def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():

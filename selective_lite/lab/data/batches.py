@@ -1,4 +1,4 @@
-"""Batches: passes over a split, in a fixed order or in a seeded one; what a batch holds is its split's own."""
+"""Batches: passes over a split, in a fixed order or a seeded one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 
 class Batches(ABC):
-    """Dictionaries of tensors, `size` examples each, but for the last.
+    """Dictionaries of tensors, `size` examples each, except the last.
 
     Parameters
     ----------
     split
-        What the examples come from.
+        The examples.
     size
-        Examples of a batch, at least 1.
+        Number of examples in a batch, at least 1.
     seed
-        Of the order, another at every pass (training); None: always the split's own (evaluation).
+        Seed of the order, which differs at every pass (training); None keeps the order of the split
+        (evaluation).
 
     Raises
     ------

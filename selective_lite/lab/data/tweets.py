@@ -1,13 +1,11 @@
-"""Language: tweets as sequences to predict, what they cost a model in bits, and how many bits training saves."""
+"""Tweets: texts as sequences to predict, and their cost to a language model, in bits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,10 +17,10 @@ IGNORED = -100  # the label that no loss counts, in torch and transformers
 
 
 class SequenceBatches(TextBatches):
-    """As `TextBatches`, with the tokens themselves as ``labels`` (B, T), and `IGNORED` at padding."""
+    """As `TextBatches`, with the tokens themselves as ``labels`` (B, T), `IGNORED` at padding."""
 
     def batch(self, group: list[int]) -> dict[str, Tensor]:
-        """The padded tokens, their mask and the labels; a language model shifts the labels itself."""
+        """The padded tokens, their mask and labels; a language model shifts the labels itself."""
         batch = super().batch(group)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         return {**batch, "labels": labels}
@@ -57,14 +55,14 @@ def load_texts(
     max_length: int = 48,
     device: torch.device | str = "cpu",
 ) -> Texts:
-    """The texts of a domain, without their ratings; the splits are those of `load_task`, and the test split is cut.
+    """The texts of a domain, in the splits of `load_task`, the test split cut to a number of texts.
 
     Parameters
     ----------
     name, train, validation, seed, max_length, device
         As in `load_task`; lengths do not count the token that starts a text.
     tokenizer
-        Of a language model.
+        Tokenizer of a language model.
     test
         Number of test texts.
 
@@ -77,7 +75,8 @@ def load_texts(
     start = tokenizer.bos_token_id
     if start is None:
         raise ValueError(
-            "tokenizer has no bos_token, which starts a text; give that of a language model, or set it"
+            "tokenizer has no bos_token, which starts a text; "
+            "give that of a language model, or set it"
         )
     task = load_task(
         name,
@@ -90,7 +89,8 @@ def load_texts(
     )
     if not 1 <= test <= len(task.test):
         raise ValueError(
-            f"test={test} must be from 1 to {len(task.test)}, what train and validation leave of {name}"
+            f"test={test} must be from 1 to {len(task.test)}, "
+            f"what train and validation leave of {name}"
         )
 
     def behind(split: Split, count: int) -> Sequences:
@@ -108,7 +108,7 @@ def load_texts(
 
 @torch.no_grad()
 def bits(model: nn.Module, split: Sequences, batch_size: int = 8) -> tuple[Tensor, Tensor]:
-    """What each text costs: its negative log-likelihood under the model, in evaluation mode.
+    """Cost of each text: its negative log-likelihood under the model, in evaluation mode.
 
     Returns
     -------
@@ -133,55 +133,3 @@ def bits(model: nn.Module, split: Sequences, batch_size: int = 8) -> tuple[Tenso
             cost[group] = nats.double().sum(1).cpu() / math.log(2)
             tokens[group] = (labels != IGNORED).sum(1).cpu()
     return cost, tokens
-
-
-def saved(
-    first: Sequence[Sequence[float]],
-    second: Sequence[Sequence[float]],
-    tokens: Sequence[int],
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Bits a token that `second` saves over `first`, and the bootstrap 95 % interval; negative where it costs more.
-
-    Both sources of chance are resampled: the seeds (pairs of runs) and, inside, the texts that all
-    share.
-
-    Parameters
-    ----------
-    first, second
-        Bits of every text, one row a seed, in the same order of seeds and texts.
-    tokens
-        Of every text.
-    draws, seed
-        Of the bootstrap.
-
-    Returns
-    -------
-    tuple
-        ``(saved, low, high)``.
-
-    Raises
-    ------
-    ValueError
-        If the three do not have the same texts, or the first two the same number of seeds.
-    """
-    ours, theirs, count = (
-        np.asarray(second, float),
-        np.asarray(first, float),
-        np.asarray(tokens, float),
-    )
-    if ours.ndim != 2 or ours.shape != theirs.shape or ours.shape[1:] != count.shape:
-        raise ValueError(
-            f"first is {theirs.shape}, second {ours.shape}, tokens {count.shape}; give (seeds, texts) twice, (texts,)"
-        )
-    difference = theirs - ours
-    generator = np.random.default_rng(seed)
-    runs = generator.integers(len(difference), size=(draws, len(difference)))
-    texts = generator.integers(len(count), size=(draws, len(count)))
-    drawn = np.stack(
-        [difference[run][:, text].mean(0).sum() for run, text in zip(runs, texts, strict=True)]
-    )
-    low, high = np.quantile(drawn / count[texts].sum(1), [0.025, 0.975])
-    return float(difference.mean(0).sum() / count.sum()), float(low), float(high)

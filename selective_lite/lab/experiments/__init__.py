@@ -1,4 +1,4 @@
-"""How rows are made, kept and repeated: recipes, studies, results and the code behind them."""
+"""Experiments: how rows are made, kept and repeated, and what code is behind them."""
 
 from .run import OPTIMIZER, climb, first_losses, repeat
 

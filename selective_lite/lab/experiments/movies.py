@@ -1,22 +1,22 @@
-"""The plan: which runs stand behind the book's figures; a config is the identity of its row.
+"""The movies: the methods on one sentiment task, the runs behind the book's figures.
 
-Every choice is made on the validation split with seed 0 (`rate_configs`); the test split is read
-once, by a finished row. Run this file (``make results``) to run what is missing: the movies, and
-where there is a GPU, all four domains with all seeds.
+Every choice is made on the validation split with seed 0; the test split is read once, by a finished
+run. Run this module (part of ``make results``) to run what is missing; on a GPU, all four domains
+with all seeds too.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..data.sentiment import DOMAINS
+from ..data.sentiment import DOMAINS, Task, evaluate, load_task
+from ..models import load_classifier
 from . import results
-from .recipes import Config
-from .run import roots, run, sweep
+from .recipes import RECIPES, Config
+from .run import Cell, Study, make
 
 NAME, LARGE = "movies", "domains"
 DATA = {"train": 1000, "validation": 500, "batch": 32, "epochs": 4}
@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 # Diff Pruning and its controls, chapters 4 and 5.
 METHODS = ("unstructured", "structured", "random", "shuffled")
 BUDGETS = (0.005, 0.001)
-# The whole family; what has no budget has its own size.
+# All methods; "own" is the size of a method without a budget.
 FAMILY_BUDGETS = (0.005, 0.0002)
 SHUFFLES = ("shuffled", "fish_shuffled")
 ONE_SEED = (
@@ -37,8 +37,8 @@ ONE_SEED = (
     "sora",
 )
 # By half decades; sparser masks want larger rates (Xu and Zhang 2024). Widened until no best rate
-# lay on an edge.
-GRIDS: dict[tuple[str, float | str], tuple[float, ...]] = {
+# was the smallest or the largest.
+GRIDS: dict[Cell, tuple[float, ...]] = {
     ("full", 1.0): (1e-5, 3e-5, 1e-4),
     ("unstructured", 0.005): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ("unstructured", 0.001): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -73,62 +73,75 @@ GRIDS: dict[tuple[str, float | str], tuple[float, ...]] = {
 }
 
 
-def seeds(method: str, name: str = NAME) -> tuple[int, ...]:
-    """Three seeds for what the book compares, one for the others; in the larger profile three for all."""
-    return SEEDS[:1] if name == NAME and method in ONE_SEED else SEEDS
+def start(config: Config) -> tuple[Any, Task]:
+    """The model, its head drawn from the seed, and the task that a config names."""
+    torch.manual_seed(config["seed"])  # dropout
+    model, tokenizer = load_classifier(seed=config["seed"])
+    sizes = {"train": config["train"], "validation": config["validation"]}
+    device = next(model.parameters()).device
+    return model, load_task(config["task"], tokenizer, **sizes, device=device)
+
+
+def validate(model: Any, task: Task) -> float:
+    """Accuracy on the validation split."""
+    return evaluate(model, task.validation)["accuracy"]
+
+
+def measure(model: Any, task: Task) -> results.Row:
+    """Accuracy and loss on the test split, and which answers are right."""
+    test = evaluate(model, task.test)
+    return {
+        "accuracy": test["accuracy"],
+        "loss": test["loss"],
+        "validation": validate(model, task),
+        "majority": task.majority,
+        "tested": len(task.test),
+        "correct": results.pack(test["correct"]),
+    }
+
+
+def seeds(method: str, budget: float | str) -> tuple[int, ...]:
+    """Three seeds for what the book compares, one for the others."""
+    return SEEDS[:1] if method in ONE_SEED else SEEDS
+
+
+def all_seeds(method: str, budget: float | str) -> tuple[int, ...]:
+    """Three seeds for every method: those of the larger study."""
+    return SEEDS
 
 
 def rate(sweep: results.Row) -> float:
-    """The rate with the best validation accuracy in the mean over itself and its two neighbours in the grid.
+    """The rate with the best mean validation accuracy over itself and its two neighbours.
 
-    One run at one rate is noisy, and large rates end at a cliff: the single best rate may stand
-    beside it.
+    One run at one rate is noisy, and large rates fail suddenly: the single best rate may be the
+    last before that.
     """
     grid, accuracy = sweep["config"]["grid"], sweep["validation"]
     return grid[max(range(1, len(grid) - 1), key=lambda i: sum(accuracy[i - 1 : i + 2]))]
 
 
-def rate_configs(task: str = "movies") -> Iterator[Config]:
-    """What is tuned: a method at a budget, over its grid, on seed 0 and the validation split."""
-    for (method, budget), grid in GRIDS.items():
-        yield {"method": method, "budget": budget, "seed": 0, "grid": grid, "task": task, **DATA}
-
-
-def configs(task: str = "movies", name: str = NAME) -> Iterator[Config]:
-    """The rows of ``results/<name>.json``, each method at a budget with its own rate out of `rate_configs`' rows."""
-    swept = [row for row in results.read(name + "_rates") if row["config"]["task"] == task]
-    chosen = {(row["config"]["method"], row["config"]["budget"]): rate(row) for row in swept}
-    for seed in SEEDS:
-        for method, budget in GRIDS:
-            if seed in seeds(method, name):
-                yield {
-                    "method": method,
-                    "budget": budget,
-                    "seed": seed,
-                    "lr": chosen[method, budget],
-                    "task": task,
-                    **DATA,
-                }
-
-
 def shuffles(config: Config) -> bool:
-    """Whether a config is a control that shuffles another method's selection, and so reads that method's rows."""
+    """Whether a config is a control that shuffles another method's selection, read in its row."""
     return config["method"] in SHUFFLES
 
 
-def everything(name: str, tasks: tuple[str, ...]) -> None:
-    """Run what is missing of the sweeps and rows on these tasks: on CPU as many side by side as there are cores."""
-    how: dict[str, Any] = {
-        "workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1,
-        "late": shuffles,
-    }
-    results.run_missing(
-        name + "_rates", [c for task in tasks for c in rate_configs(task)], sweep, roots, **how
-    )
-    results.run_missing(name, [c for task in tasks for c in configs(task, name)], run, roots, **how)
-
+STUDY = Study(
+    NAME,
+    data=({"task": "movies", **DATA},),
+    recipes=RECIPES,
+    start=start,
+    validate=validate,
+    measure=measure,
+    grids=GRIDS,
+    seeds=seeds,
+    choose=rate,
+    late=shuffles,
+)
+ALL_DOMAINS = replace(
+    STUDY, name=LARGE, data=tuple({"task": task, **DATA} for task in DOMAINS), seeds=all_seeds
+)
 
 if __name__ == "__main__":
-    everything(NAME, ("movies",))
+    make(STUDY)
     if torch.cuda.is_available():
-        everything(LARGE, DOMAINS)
+        make(ALL_DOMAINS)

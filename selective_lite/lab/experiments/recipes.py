@@ -1,12 +1,12 @@
-"""Recipes: how a config of the plan becomes a method on a loaded model; a function is named as its configs' method.
+"""Recipes: how a config of the movies becomes a method on a loaded model.
 
-Every method has the same head, epochs, batches and optimizer; its learning rate comes from its own
-sweep.
+A recipe has the name of the method in its configs. All methods have the same head, epochs, batches
+and optimizer; each has the learning rate that its own sweep chose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,14 +32,14 @@ from ..data.sentiment import Task
 from . import results
 
 Config = Mapping[str, Any]
-Recipe = Callable[[Any, Task, Config, float], Phases]
+Recipe = Callable[[Any, Any, Config, float], Iterable[Phase]]
 
 LR_HEAD = 1e-3
 LR_W, LR_ALPHA = 3e-4, 0.3
-LR_DENSE = 3e-5  # where a method trains all weights first: the rate that full fine-tuning takes
+LR_DENSE = 3e-5  # for methods that train all weights first: the rate of full fine-tuning
 FISH_SAMPLES = 256
 SPT_RANKS = {0.005: 8, 0.0002: 1}
-# The rank, and the layers whose queries and values get it, nearest to a budget in size.
+# Rank, and layers whose queries and values get it: the size nearest to each budget.
 LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
 
 
@@ -49,7 +49,7 @@ def full(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 
 def unstructured(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """Diff Pruning with a gate for every weight: half of the epochs relaxed, half with the mask fixed."""
+    """Diff Pruning with a gate for every weight: half of the epochs relaxed, half with a mask."""
     return _diff_pruning(model, config, lr, groups=None)
 
 
@@ -64,7 +64,7 @@ def random(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 
 def shuffled(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """The control: random positions, as many in every tensor as unstructured Diff Pruning has."""
+    """The control: random positions, as many in every tensor as unstructured Diff Pruning."""
     return _fixed(model, _shuffled("unstructured", model, config), config, lr)
 
 
@@ -76,15 +76,15 @@ def fish(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 
 def fish_shuffled(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """The control: random positions, as many in every tensor as FISH has."""
+    """The control: random positions, as many in every tensor as FISH."""
     return _fixed(model, _shuffled("fish", model, config), config, lr)
 
 
 def sara(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """SaRA's smallest weights, exactly k of them; without re-selection and rank loss.
+    """SaRA's smallest weights, exactly k of them, without re-selection and rank loss.
 
-    The k-th smallest is smaller than one step at a useful rate, so that a re-selection would let
-    all of them go.
+    The k-th smallest weight is smaller than one step at a useful rate, so a re-selection would drop
+    all of them.
     """
     return sara_phases(model, budget=config["budget"], lam=0.0, reselect=None, **_rates(config, lr))
 
@@ -154,7 +154,7 @@ def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 
 def sora(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """SoRA of rank 8 beside every matrix of the encoder and the pooler."""
+    """SoRA of rank 8 on every matrix of the encoder and the pooler."""
     return sora_phases(SoRA(model, seed=config["seed"]), **_rates(config, lr))
 
 
@@ -186,7 +186,7 @@ def _fixed(model: Any, selection: Selection, config: Config, lr: float) -> Phase
 
 
 def _shuffled(method: str, model: Any, config: Config) -> Selection:
-    """Random positions, as many in every tensor as a method's row, or its sweep, of the same budget and seed."""
+    """Random positions, as many in every tensor as a method's row of the same budget and seed."""
     like = {"method": method, **{key: config[key] for key in ("budget", "seed", "task")}}
     for name in ("movies", "movies_rates", "domains", "domains_rates"):
         for row in results.read(name):
@@ -197,14 +197,16 @@ def _shuffled(method: str, model: Any, config: Config) -> Selection:
                 }
                 return shuffled_selection(Selection(first, shapes), config["seed"])
     raise ValueError(
-        f"config={dict(config)} shuffles a row of {method} that is not there; run that first"
+        f"config={dict(config)} shuffles the row of {method}, which is missing; run that first"
     )
 
 
+# provenance: apart, each row names its own recipe
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
-        full, unstructured, structured, random, shuffled, fish, fish_shuffled, sara, sara_threshold, spt, lora,
-        bitfit, last_layers, child_tuning_f, child_tuning_d, lt_sft, sora,
+        full, unstructured, structured, random, shuffled, fish, fish_shuffled, sara,
+        sara_threshold, spt, lora, bitfit, last_layers, child_tuning_f, child_tuning_d, lt_sft,
+        sora,
     )
 }  # fmt: skip

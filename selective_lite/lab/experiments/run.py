@@ -1,74 +1,155 @@
-"""Experiments: how a config becomes a row, or a sweep over learning rates; ``make results`` runs what is missing."""
+"""The runner: how a study's config becomes a row, a sweep over learning rates, or a few losses."""
 
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from ...params import head_weights
+from ...params import head_weights, snapshot
 from ...training import Phase, fit, fixed_mask
-from ..data.sentiment import Split, Task, evaluate, load_task
 from ..device import VARIABLE
-from ..models import load_classifier
 from . import results
-from .recipes import LR_HEAD, RECIPES, Config
+from .recipes import LR_HEAD, Config, Recipe
+from .results import Row
 
-FIRST = 5  # losses kept, for a page to repeat
+KEPT = 5  # losses that a row keeps, for a page to repeat
 OPTIMIZER = partial(torch.optim.AdamW, fused=True)
+Cell = tuple[str, float | str]  # a method and its budget
 
 
-class Enough(Exception):
-    """Raised inside a run whose first losses are all that is wanted."""
+class StopEarly(Exception):
+    """Raised inside a run of which only the first losses are wanted."""
 
 
-def roots(config: Config) -> list[str]:
-    """The code that a config's row follows from, as `provenance.code_hash` takes it."""
-    runner = "sweep" if "grid" in config else "run"
-    return [f"lab/experiments.py:{runner}", f"lab/experiments/recipes.py:{config['method']}"]
+def no_config(config: Config) -> bool:
+    """Pick no config."""
+    return False
 
 
-def start(config: Config) -> tuple[Any, Task]:
-    """The model (head drawn from the seed) and the task that a config names."""
-    torch.manual_seed(config["seed"])  # dropout
-    model, tokenizer = load_classifier(seed=config["seed"])
-    device = next(model.parameters()).device
-    return model, load_task(
-        config["task"],
-        tokenizer,
-        train=config["train"],
-        validation=config["validation"],
-        device=device,
-    )
+@dataclass(frozen=True)
+class Study:
+    """The rows of one file, and what makes them; its functions are top-level ones, for processes.
+
+    Attributes
+    ----------
+    name
+        Name of the file, ``results/<name>.json``; the sweeps are in ``<name>_rates.json``.
+    data
+        What every config says of the data, one for each task.
+    recipes
+        Function ``(model, data, config, lr) -> phases`` of each method.
+    start
+        Function ``config -> (model, data)``; ``data.train`` has ``batches(size, seed)``.
+    validate
+        Function ``(model, data) -> number`` on the validation split, to choose a rate by.
+    measure
+        Function ``(model, data) -> results`` of a finished run; only it reads the test split.
+    grids
+        Rates to try for each method and budget; none if there is nothing to tune.
+    seeds
+        Function ``(method, budget) -> seeds``.
+    choose
+        Function ``sweep -> rate``.
+    ship
+        Function ``(snapshot before, model, config) -> results`` on the file that a run ships.
+    late
+        Function ``config -> bool``: whether its run reads other rows.
+    lower
+        Whether lower validation numbers are better.
+    cliff
+        A sweep ends after the first rate that is worse than the best so far by more than this.
+    tuned_by
+        Name of the file whose sweeps choose the rates, on its own task (default: its own sweeps).
+    """
+
+    name: str
+    data: tuple[Config, ...]
+    recipes: Mapping[str, Recipe]
+    start: Callable[[Config], tuple[Any, Any]]
+    validate: Callable[[Any, Any], float]
+    measure: Callable[[Any, Any], Row]
+    grids: Mapping[Cell, tuple[float, ...]]
+    seeds: Callable[[str, float | str], tuple[int, ...]]
+    choose: Callable[[Row], float]
+    ship: Callable[[Mapping[str, torch.Tensor], Any, Config], Row] | None = None
+    late: Callable[[Config], bool] = no_config
+    lower: bool = False
+    cliff: float = math.inf
+    tuned_by: str | None = None
+
+    def roots(self, config: Config) -> list[str]:
+        """The definitions that a config's row follows from, as `code_hash` takes them."""
+        recipe = self.recipes[config["method"]]
+        used: list[Callable[..., Any]] = [sweep, self.start, self.validate, recipe]
+        if "grid" not in config:
+            used = [run, self.start, self.measure, *([self.ship] if self.ship else []), recipe]
+        return [results.place(definition) for definition in used]
+
+    def rate_configs(self) -> Iterator[Config]:
+        """The sweeps: a method at a budget over its grid, on seed 0 and the validation split."""
+        if self.tuned_by is None:
+            for data in self.data:
+                for (method, budget), grid in self.grids.items():
+                    if grid:
+                        cell = {"method": method, "budget": budget, "seed": 0}
+                        yield {**cell, "grid": grid, **data}
+
+    def configs(self) -> Iterator[Config]:
+        """The runs: a method at a budget with the rate that its sweep chose, for every seed."""
+        chosen = {
+            (c["method"], c["budget"], c["task"]): self.choose(sweep)
+            for sweep in results.read((self.tuned_by or self.name) + "_rates")
+            if (c := sweep["config"])
+        }
+        for data in self.data:
+            for seed in sorted({seed for cell in self.grids for seed in self.seeds(*cell)}):
+                for (method, budget), grid in self.grids.items():
+                    if seed in self.seeds(method, budget):
+                        at = (method, budget, self.tuned_by or data["task"])
+                        lr = chosen[at] if grid or self.tuned_by else 0.0
+                        cell = {"method": method, "budget": budget, "seed": seed}
+                        yield {**cell, "lr": lr, **data}
+
+
+def make(study: Study) -> None:
+    """Run what is missing of a study: on CPU as many runs at the same time as there are cores."""
+    how: dict[str, Any] = {
+        "workers": 1 if torch.cuda.is_available() else os.cpu_count() or 1,
+        "late": study.late,
+        "study": study.name,
+    }
+    if sweeps := list(study.rate_configs()):
+        results.run_missing(
+            study.name + "_rates", sweeps, partial(sweep, study), study.roots, **how
+        )
+    results.run_missing(study.name, study.configs(), partial(run, study), study.roots, **how)
 
 
 def train(
-    model: Any, split: Split, config: Config, method: Iterable[Phase], **options: Any
+    model: Any, split: Any, config: Config, method: Iterable[Phase], **options: Any
 ) -> list[dict[str, Any]]:
     """Fit with a config's batches of a split and the optimizer of all runs."""
     batches = split.batches(config["batch"], seed=config["seed"])
     return fit(model, method, batches, optimizer=OPTIMIZER, **options)
 
 
-def losses(config: Config, steps: int = FIRST) -> list[float]:
-    """Repeat the first steps of a row: the task losses, to be compared with the row's ``first_losses``."""
-    model, task = start(config)
-    return first_losses(
-        model,
-        task.train,
-        config,
-        RECIPES[config["method"]](model, task, config, config["lr"]),
-        steps,
-    )
+def losses(study: Study, config: Config, steps: int = KEPT) -> list[float]:
+    """Repeat the first steps of a row: their task losses, to compare with ``first_losses``."""
+    model, data = study.start(config)
+    method = study.recipes[config["method"]](model, data, config, config["lr"])
+    return first_losses(model, data.train, config, method, steps)
 
 
 def first_losses(
-    model: Any, split: Split, config: Config, method: Iterable[Phase], steps: int
+    model: Any, split: Any, config: Config, method: Iterable[Phase], steps: int
 ) -> list[float]:
     """The task losses of a method's first steps; training ends there."""
     found: list[float] = []
@@ -76,30 +157,25 @@ def first_losses(
     def stop(record: dict[str, Any]) -> None:
         found.append(record["loss"])
         if len(found) == steps:
-            raise Enough
+            raise StopEarly
 
-    with suppress(Enough):
+    with suppress(StopEarly):
         train(model, split, config, method, on_step=stop)
     return found
 
 
-def repeat(row: results.Row, steps: int = 2) -> str:
-    """Repeat the first steps of a row, on the CPU if that made it; what was recorded, and what came now.
+def repeat(study: Study, row: Row, steps: int = 2) -> str:
+    """Repeat the first steps of a row: what was recorded, and the losses now.
+
+    A row that was made on a CPU is repeated on one.
 
     Raises
     ------
     AssertionError
-        If a loss differs by more than one in a thousand.
+        If a loss differs by more than one part in a thousand.
     """
-    wish = os.environ.get(VARIABLE)
-    if row["device"].startswith("cpu"):
-        os.environ[VARIABLE] = "cpu"
-    try:
-        again = losses(row["config"], steps)
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if wish is not None:
-            os.environ[VARIABLE] = wish
+    with device_of(row):
+        again = losses(study, row["config"], steps)
     torch.testing.assert_close(again, row["first_losses"][:steps], rtol=1e-3, atol=0.0)
     recorded, repeated = (
         ", ".join(f"{loss:.6f}" for loss in found) for found in (row["first_losses"][:steps], again)
@@ -107,92 +183,117 @@ def repeat(row: results.Row, steps: int = 2) -> str:
     return f"{row['config']['method']}: recorded {recorded}; repeated {repeated}"
 
 
-def run(config: Config) -> results.Row:
-    """One row: train, then read the test split once."""
-    model, task = start(config)
+@contextmanager
+def device_of(row: Row) -> Iterator[None]:
+    """Context in which models start on the CPU, if that made the row."""
+    wish = os.environ.get(VARIABLE)
+    if row["device"].startswith("cpu"):
+        os.environ[VARIABLE] = "cpu"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if wish is not None:
+            os.environ[VARIABLE] = wish
+
+
+def run(study: Study, config: Config) -> Row:
+    """One row: train, then measure, which reads the test split once."""
+    model, data = study.start(config)
+    before = snapshot(model) if study.ship else {}
     phases: list[Phase] = []
 
     def noted() -> Iterator[Phase]:
-        for phase in RECIPES[config["method"]](model, task, config, config["lr"]):
+        for phase in study.recipes[config["method"]](model, data, config, config["lr"]):
             phases.append(phase)
             yield phase
 
-    records = train(model, task.train, config, noted())
-    test = evaluate(model, task.test)
+    records = train(model, data.train, config, noted())
+    row = study.measure(model, data)
+    if not phases:
+        return row
     return {
-        "accuracy": test["accuracy"],
-        "loss": test["loss"],
-        "validation": evaluate(model, task.validation)["accuracy"],
-        "majority": task.majority,
-        "tested": len(task.test),
-        "correct": results.pack(test["correct"]),
-        "first_losses": [record["loss"] for record in records[:FIRST]],
-        "trained": _trained(phases[-1], model),
-        **_selected(phases[-1]),
+        **row,
+        "first_losses": [record["loss"] for record in records[:KEPT]],
+        "trained": trained(phases[-1], model),
+        **selected(phases[-1]),
+        **(study.ship(before, model, config) if study.ship else {}),
     }
 
 
-def sweep(config: Config) -> results.Row:
-    """Validation accuracy over a grid of learning rates; weights are scored, or gates relaxed, once."""
-    model, task = start(config)
+def sweep(study: Study, config: Config) -> Row:
+    """Validation numbers over a grid of rates; weights are scored, or gates relaxed, only once.
+
+    A loss that is not finite counts as worst, and is kept as None.
+    """
+    model, data = study.start(config)
     untuned = copy.deepcopy(model)
-    recipe = RECIPES[config["method"]]
-    method = recipe(model, task, config, config["grid"][0])
-    phases = iter(method)
-    first = next(phases)
+    recipe = study.recipes[config["method"]]
+    method = iter(recipe(model, data, config, config["grid"][0]))
+    first = next(method)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
-        train(model, task.train, config, [first])
-        chosen, untuned = next(phases), model  # projected and not yet trained
-    elif _is_fixed_mask(first, model):
+        train(model, data.train, config, [first])
+        chosen, untuned = next(method), model  # projected, not yet trained
+    elif is_fixed_mask(first, model):
         chosen = first
-    method.close()
-    accuracy: dict[float, float] = {}
-    for lr in config["grid"]:
+    method.close()  # type: ignore[attr-defined]
+    sign = -1 if study.lower else 1
+
+    def gain(lr: float) -> float:
         torch.manual_seed(config["seed"])
         model = copy.deepcopy(untuned)
-        method = recipe(model, task, config, lr)
+        method: Iterable[Phase] = recipe(model, data, config, lr)
         if chosen is not None and chosen.selection is not None:
             method = fixed_mask(
                 model, chosen.selection, lr=lr, lr_head=LR_HEAD, epochs=chosen.epochs
             )
-        train(model, task.train, config, method)
-        accuracy[lr] = evaluate(model, task.validation)["accuracy"]
-    return {"validation": list(accuracy.values()), **_selected(chosen or first)}
+        try:
+            train(model, data.train, config, method)
+        except ValueError as error:
+            if "loss is" not in str(error):
+                raise
+            return -math.inf
+        return sign * study.validate(model, data)
+
+    found = climb(config["grid"], gain, study.cliff).values()
+    numbers = [sign * value if math.isfinite(value) else None for value in found]
+    return {"validation": numbers, **selected(chosen or first)}
 
 
 def climb(
-    rates: Iterable[float], accuracy: Callable[[float], float], cliff: float = 0.1
+    rates: Iterable[float], value: Callable[[float], float], cliff: float = 0.1
 ) -> dict[float, float]:
-    """Validation accuracy at rates from small to large, up to the first that loses `cliff` against the best so far.
+    """A value at rates from small to large, up to the first that loses `cliff` against the best.
 
     Such a rate has failed, and larger ones do too.
     """
     found: dict[float, float] = {}
     for lr in rates:
-        found[lr] = accuracy(lr)
+        found[lr] = value(lr)
         if found[lr] < max(found.values()) - cliff:
             break
     return found
 
 
-def _is_fixed_mask(phase: Phase, model: Any) -> bool:
+def is_fixed_mask(phase: Phase, model: Any) -> bool:
     """Whether a phase trains a selection and the head, and does nothing else."""
     actions = (phase.penalty, phase.before_step, phase.after_step)
     return (
         actions == (None, None, None)
         and phase.selection is not None
-        and phase.selection.count == _trained(phase, model)
+        and phase.selection.count == trained(phase, model)
     )
 
 
-def _trained(phase: Phase, model: Any) -> int:
-    """How many weights the phase trained, beside the head."""
+def trained(phase: Phase, model: Any) -> int:
+    """Number of weights that a phase trains, without the head."""
     heads = {id(p) for p in head_weights(model).values()}
     return sum(p.numel() for group in phase.groups for p in group["params"] if id(p) not in heads)
 
 
-def _selected(phase: Phase) -> results.Row:
+def selected(phase: Phase) -> Row:
+    """What a row says of a phase's selection."""
     selection = phase.selection
     if selection is None:
         return {}

@@ -1,36 +1,36 @@
-"""The language plan: SmolLM2 tuned on tweets, the runs behind the page on language models.
+"""The tweets: SmolLM2 tuned as a language model, the runs behind the page on language models.
 
-As in `plan`: rates are chosen on the validation split with seed 0, the test split is read once, by
-a finished row. Run this file (part of ``make results``) to run what is missing; where there is a
-GPU, a larger profile too.
+As with the movies, rates are chosen on the validation split with seed 0, and the test split is read
+once, by a finished run. Run this module (part of ``make results``) to run what is missing; on a
+GPU, a larger study too.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...methods.fish import fish
-from ...params import snapshot, weights
+from ...methods.fish import fish as fish_selection
+from ...params import weights
 from ...scores import random_scores
 from ...selection import Selection, select
 from ...ship.delta import Delta, diff
-from ...training import Phases, fixed_mask
+from ...training import Phase, Phases, fixed_mask
 from ..data.tweets import Texts, bits, load_texts
 from ..models import load_language_model
 from . import results
 from .four_deltas import sha256
-from .run import FIRST, climb, first_losses, train
+from .recipes import Config, Recipe
+from .run import Cell, Study, make
 
-Config = Mapping[str, Any]
-
-NAME = "language"
+NAME, LARGE_NAME = "language", "language_large"
 DATA = {
     "task": "tweets",
     "train": 192,
@@ -50,19 +50,16 @@ LARGE = {
     "samples": 256,
 }
 SEEDS = {0.005: (0, 1, 2), 0.0002: (0,)}
-# By half decades, from small to large; a sweep ends at the first that costs more than the best so
-# far.
-GRIDS: dict[tuple[str, float], tuple[float, ...]] = {
+# By half decades, from small to large; a sweep ends at the first rate that costs more than the
+# best so far.
+GRIDS: dict[Cell, tuple[float, ...]] = {
+    ("untouched", 0.0): (),
     ("fish", 0.005): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     ("random", 0.005): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ("fish", 0.0002): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ("random", 0.0002): (3e-2, 1e-1, 3e-1, 1.0, 3.0),
 }
-SHIPPED = {
-    "method": "fish",
-    "budget": 0.0002,
-    "seed": 0,
-}  # the run whose delta is kept beside the rows
+SHIPPED = {"method": "fish", "budget": 0.0002, "seed": 0}  # the run whose delta is kept
 
 
 def start(config: Config) -> tuple[Any, Texts]:
@@ -76,57 +73,52 @@ def start(config: Config) -> tuple[Any, Texts]:
 
 @cache
 def loaded() -> tuple[Any, Any]:
-    """The model and its tokenizer, read once a process: the file and its vocabulary take half a minute."""
+    """The model and its tokenizer, read once in a process, since reading takes half a minute."""
     return load_language_model()
 
 
-def chosen(model: Any, texts: Texts, config: Config) -> Selection:
-    """The weights that a config's method selects: by FISH, or at random."""
-    if config["method"] == "random":
-        return select(random_scores(model, config["seed"]), config["budget"])
+def untouched(model: Any, texts: Texts, config: Config, lr: float) -> Iterator[Phase]:
+    """No training."""
+    yield from ()
+
+
+def fish(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
+    """FISH, with the empirical Fisher information of some training texts."""
     batches = texts.train.batches(config["batch"], seed=config["seed"])
-    return fish(model, batches, config["budget"], samples=config["samples"])
-
-
-def method(model: Any, selection: Selection, config: Config, lr: float) -> Phases:
-    """How a config trains a selection."""
+    selection = fish_selection(model, batches, config["budget"], samples=config["samples"])
     return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
 
 
-def losses(config: Config, steps: int = FIRST) -> list[float]:
-    """Repeat the first steps of a row, as `experiments.losses`."""
-    model, texts = start(config)
-    selection = chosen(model, texts, config)
-    return first_losses(
-        model, texts.train, config, method(model, selection, config, config["lr"]), steps
-    )
+def random(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
+    """The control: positions drawn uniformly."""
+    selection = select(random_scores(model, config["seed"]), config["budget"])
+    return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
 
 
-def run(config: Config) -> results.Row:
-    """One row: train, then read the test texts once; a mask's delta is measured, and kept where it is `SHIPPED`."""
-    model, texts = start(config)
-    row: results.Row = {}
-    if config["method"] != "untouched":
-        base, selection = snapshot(model), chosen(model, texts, config)
-        records = train(model, texts.train, config, method(model, selection, config, config["lr"]))
-        row = {
-            "first_losses": [record["loss"] for record in records[:FIRST]],
-            **_size(base, model, selection, config),
-        }
+# provenance: apart
+RECIPES: dict[str, Recipe] = {"untouched": untouched, "fish": fish, "random": random}
+
+
+def validate(model: Any, texts: Texts) -> float:
+    """Bits per token on the validation split."""
+    cost, tokens = bits(model, texts.validation)
+    return float(cost.sum() / tokens.sum())
+
+
+def measure(model: Any, texts: Texts) -> results.Row:
+    """Bits and tokens of every test text, and bits per token on both splits."""
     cost, tokens = bits(model, texts.test)
-    validation, predicted = bits(model, texts.validation)
     return {
         "bits_a_token": float(cost.sum() / tokens.sum()),
-        "validation": float(validation.sum() / predicted.sum()),
+        "validation": validate(model, texts),
         "bits": [round(cost, 3) for cost in cost.tolist()],
         "tokens": tokens.tolist(),
-        **row,
     }
 
 
-def _size(base: Any, model: Any, selection: Selection, config: Config) -> results.Row:
-    """The weights that were trained, and the bytes of their delta."""
-    delta = diff(base, model, method=f"{config['method']}, {config['task']}")
+def ship(before: Mapping[str, Tensor], model: Any, config: Config) -> results.Row:
+    """Bytes of the delta's file, which is kept if the run is `SHIPPED`."""
+    delta = diff(before, model, method=f"{config['method']}, {config['task']}")
     file = results.CHECKOUT / f".{os.getpid()}.safetensors"
     try:
         delta.save(file, "gap-lzma")
@@ -135,16 +127,16 @@ def _size(base: Any, model: Any, selection: Selection, config: Config) -> result
             os.replace(file, results.CHECKOUT / f"{NAME}.safetensors")
     finally:
         file.unlink(missing_ok=True)
-    return {"trained": selection.count, "per_tensor": selection.per_tensor(), **size}
+    return size
 
 
 def shipped(config: Config) -> bool:
-    """Whether a config's delta is kept beside the rows."""
+    """Whether a config's delta is kept with the rows."""
     return {**SHIPPED, **DATA}.items() <= dict(config).items()
 
 
 def mask_of(delta: Delta, model: Any) -> Selection:
-    """The selection that a delta tunes: its positions, and all of a tensor that it replaces whole."""
+    """The selection that a delta tunes: its positions, and all of a tensor that it replaces."""
     whole = {name: torch.arange(tensor.numel()) for name, tensor in delta.dense.items()}
     places = {**{name: index.long() for name, index in delta.positions.items()}, **whole}
     candidates = weights(model)
@@ -154,26 +146,9 @@ def mask_of(delta: Delta, model: Any) -> Selection:
     )
 
 
-def sweep(config: Config) -> results.Row:
-    """Validation bits a token at rates from small to large; weights are scored once.
-
-    It ends at the first rate that costs more than the best so far, or whose loss is not finite.
-    """
-    untuned, texts = start(config)
-    selection = chosen(untuned, texts, config)
-
-    def gain(lr: float) -> float:
-        torch.manual_seed(config["seed"])
-        model = copy.deepcopy(untuned)
-        try:
-            train(model, texts.train, config, method(model, selection, config, lr))
-        except ValueError:
-            return -math.inf
-        cost, tokens = bits(model, texts.validation)
-        return -float(cost.sum() / tokens.sum())
-
-    found = climb(config["grid"], gain, cliff=0.0).values()
-    return {"validation": [-gained if math.isfinite(gained) else None for gained in found]}
+def seeds(method: str, budget: float | str) -> tuple[int, ...]:
+    """Three seeds at the larger budget; the untouched model has none to vary."""
+    return (0,) if method == "untouched" else SEEDS[float(budget)]
 
 
 def rate(sweep: results.Row) -> float:
@@ -182,43 +157,23 @@ def rate(sweep: results.Row) -> float:
     return min((cost, lr) for cost, lr in tried if cost is not None)[1]
 
 
-def roots(config: Config) -> list[str]:
-    """The code that a config's row follows from."""
-    return [
-        "lab/experiments/tweets.py:sweep" if "grid" in config else "lab/experiments/tweets.py:run"
-    ]
-
-
-def rate_configs(data: Config = DATA) -> Iterator[Config]:
-    """What is tuned: a method at a budget, over its grid, on seed 0 and the validation split."""
-    for (name, budget), grid in GRIDS.items():
-        yield {"method": name, "budget": budget, "seed": 0, "grid": grid, **data}
-
-
-def configs(data: Config = DATA, file: str = NAME) -> Iterator[Config]:
-    """The rows, each method at a budget with its own rate, and the untouched model."""
-    yield {"method": "untouched", "budget": 0.0, "seed": 0, "lr": 0.0, **data}
-    swept = results.read(file + "_rates")
-    rates = {(row["config"]["method"], row["config"]["budget"]): rate(row) for row in swept}
-    for name, budget in GRIDS:
-        for seed in SEEDS[budget]:
-            yield {
-                "method": name,
-                "budget": budget,
-                "seed": seed,
-                "lr": rates[name, budget],
-                **data,
-            }
-
-
-def everything(name: str, data: Config) -> None:
-    """Run what is missing of the sweeps and rows: on CPU as many side by side as there are cores."""
-    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    results.run_missing(name + "_rates", list(rate_configs(data)), sweep, roots, workers=workers)
-    results.run_missing(name, list(configs(data, name)), run, roots, workers=workers)
-
+STUDY = Study(
+    NAME,
+    data=(DATA,),
+    recipes=RECIPES,
+    start=start,
+    validate=validate,
+    measure=measure,
+    grids=GRIDS,
+    seeds=seeds,
+    choose=rate,
+    ship=ship,
+    lower=True,
+    cliff=0.0,
+)
+LARGER = replace(STUDY, name=LARGE_NAME, data=(LARGE,))
 
 if __name__ == "__main__":
-    everything(NAME, DATA)
+    make(STUDY)
     if torch.cuda.is_available():
-        everything(NAME + "_large", LARGE)
+        make(LARGER)

@@ -1,1 +1,1 @@
-"""What the book draws: plots, explorers, comparisons of rows, and ledgers of memory."""
+"""Figures: plots, explorers, comparisons of rows, and memory."""

@@ -1,4 +1,4 @@
-"""Comparison: rows of several methods, drawn against their size and put into words the same way on every page."""
+"""Comparison: the rows of several methods as a table, a figure against size, and verdicts."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..experiments.results import Row, compare, of, read, stale
+from ..experiments.results import FIRST, Row, compare, read, rows_of, stale
 from . import plots
 
 CONTROLS = ("random", "shuffled", "fish_shuffled")
 
 
 def budgets(rows: Iterable[Row], method: str) -> list[float | str]:
-    """The budgets at which a method has rows, largest first; ``"own"`` is that of a rule."""
+    """The budgets at which a method has rows, largest first; ``"own"`` (its own size) is last."""
     found = {row["config"]["budget"] for row in rows if row["config"]["method"] == method}
     return sorted(found, key=lambda budget: -1.0 if budget == "own" else -budget)
 
 
 def show(name: str, names: Mapping[str, str]) -> list[Row]:
-    """What ``results/<name>.json`` says of some methods: a table, and accuracy drawn against size.
+    """Print a table of some methods in ``results/<name>.json``, and draw accuracy against size.
 
     Parameters
     ----------
     name
-        Of the file.
+        Name of the file.
     names
-        A config's method to its label.
+        Label of each method.
 
     Returns
     -------
@@ -37,22 +37,22 @@ def show(name: str, names: Mapping[str, str]) -> list[Row]:
     Raises
     ------
     AssertionError
-        Other code than today's has made one of them.
+        If the code of one has changed since (rows of the first edition say so in the table).
     """
     rows = [row for row in read(name) if row["config"]["method"] in names]
-    assert stale(rows) == [], "the library has changed since: run make results"
+    assert stale(rows) == [], "the code has changed since: run `make restamp`, then `make results`"
     print(table(rows, names))
     print("not in results:", missing(rows, names))
     print(
         f"{rows[0]['tested']:,} test examples; the commoner answer alone: {rows[0]['majority']:.1%}"
     )
-    with plots.figure(alt=described(rows, names), height=3.6) as (_, ax):
+    with plots.figure(alt=alt_text(rows, names), height=3.6) as (_, ax):
         draw(ax, rows, names)
     return rows
 
 
-def forest(differences: Iterable[tuple[str, float, float, float]]) -> None:
-    """Draw paired differences, ``(label, points, low, high)``, with their intervals, and print what each says."""
+def show_differences(differences: Iterable[tuple[str, float, float, float]]) -> None:
+    """Draw paired differences ``(label, points, low, high)`` with intervals, and print verdicts."""
     differences = list(differences)
     said = sentences(differences)
     alt = "Paired differences of test accuracy in points, 95 % intervals. " + said.replace(
@@ -64,7 +64,7 @@ def forest(differences: Iterable[tuple[str, float, float, float]]) -> None:
 
 
 class Summary(NamedTuple):
-    """A method's rows at one budget: accuracies are in %, over the seeds."""
+    """A method's rows at one budget; accuracies in %, over the seeds."""
 
     budget: float | str
     rate: float
@@ -79,7 +79,7 @@ def summaries(rows: Iterable[Row], method: str) -> list[Summary]:
     """A method at each of its budgets, largest first."""
     rows, found = list(rows), []
     for budget in budgets(rows, method):
-        runs = of(rows, method, budget)
+        runs = rows_of(rows, method, budget)
         accuracy = 100 * np.array([row["accuracy"] for row in runs])
         trained = float(np.mean([row["trained"] for row in runs]))
         spread = accuracy.mean(), accuracy.min(), accuracy.max()
@@ -89,12 +89,22 @@ def summaries(rows: Iterable[Row], method: str) -> list[Summary]:
     return found
 
 
+def edition(rows: Iterable[Row]) -> str:
+    """What to say above rows of the first edition; "" if there is none among them."""
+    if all(row.get("edition") != FIRST for row in rows):
+        return ""
+    return "First edition: made by the first edition's protocol, to be made anew by a fairer one."
+
+
 def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
-    """A line a method and budget: rate, trained weights, seeds, test accuracy."""
+    """A line for each method and budget: rate, trained weights, seeds, test accuracy.
+
+    Above them, once, what `edition` says.
+    """
     rows = list(rows)
-    lines = [
-        f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   test accuracy: mean [lowest, highest seed]"
-    ]
+    heading = "test accuracy: mean [lowest, highest seed]"
+    lines = [edition(rows)] if edition(rows) else []
+    lines.append(f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   {heading}")
     for method, name in names.items():
         for budget, rate, seeds, trained, mean, lowest, highest in summaries(rows, method):
             size = budget if isinstance(budget, str) else f"{budget:.2%}"
@@ -104,18 +114,20 @@ def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
 
 
 def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
-    """Test accuracy against the number of trained weights; full fine-tuning is a line across, controls are grey.
+    """Draw test accuracy against the number of trained weights.
+
+    Full fine-tuning is a line across the picture; controls are grey.
 
     Parameters
     ----------
     ax : matplotlib Axes
     rows : rows of `results.read`
-    names : mapping of a config's method to its label, in the order of the legend
+    names : label of each method, in the order of the legend
 
     Raises
     ------
     ValueError
-        No row is of one of these methods.
+        If none of these methods has a row.
     """
     rows = [row for row in rows if row["config"]["method"] in names]
     if not rows:
@@ -144,8 +156,8 @@ def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
     ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def described(rows: Iterable[Row], names: Mapping[str, str]) -> str:
-    """What `draw` shows, as a sentence for a figure's alt text."""
+def alt_text(rows: Iterable[Row], names: Mapping[str, str]) -> str:
+    """Alternative text of what `draw` shows."""
     rows = list(rows)
     parts = [
         f"{name} {found.mean:.1f} % with {found.trained:,.0f}"
@@ -168,10 +180,10 @@ def missing(rows: Iterable[Row], names: Mapping[str, str]) -> str:
 def paired(
     rows: Iterable[Row], names: Mapping[str, str], pairs: Iterable[tuple[str, str]]
 ) -> list[tuple[str, float, float, float]]:
-    """Paired differences ``(label, points, low, high)``, as `plots.interval` draws them, at each budget that has both.
+    """Paired differences ``(label, points, low, high)``, as `plots.interval` draws them.
 
-    Full fine-tuning is compared with every budget, and a rule of its own size with every budget of
-    the other.
+    Two methods are compared at each budget that both have; full fine-tuning with every budget, and
+    so is a method of its own size.
     """
     rows, found = list(rows), []
     for ours, theirs in pairs:
@@ -179,7 +191,8 @@ def paired(
             for other in budgets(rows, theirs):
                 if budget == other or "own" in (budget, other) or theirs == "full":
                     title = f"{label(names, ours, budget)} \u2212 {label(names, theirs, other)}"
-                    found.append((title, *compare(of(rows, ours, budget), of(rows, theirs, other))))
+                    both = rows_of(rows, ours, budget), rows_of(rows, theirs, other)
+                    found.append((title, *compare(*both)))
     return found
 
 
@@ -189,12 +202,12 @@ def label(names: Mapping[str, str], method: str, budget: float | str) -> str:
 
 
 def verdict(low: float, high: float) -> str:
-    """What a 95 % interval of a difference says."""
+    """What the 95 % interval of a difference says."""
     return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
 
 
 def sentences(differences: Iterable[tuple[str, float, float, float]]) -> str:
-    """A line for every paired difference: its verdict, the points and the interval."""
+    """A line for each paired difference: its verdict, the points and the interval."""
     return "\n".join(
         f"{title}: {verdict(low, high)}, {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
         for title, difference, low, high in differences

@@ -1,4 +1,4 @@
-"""Pictures with a slider that move in the static page: every frame is drawn beforehand, no kernel answers."""
+"""Explorers: pictures with a slider that work in the static page, every frame drawn beforehand."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def frame(fig: Figure) -> bytes:
             return data
         if dpi <= 80:
             raise ValueError(
-                f"fig takes {len(data)} bytes at {dpi:.0f} dpi, over {limit}: draw fewer marks or a smaller figure"
+                f"fig takes {len(data)} bytes at {dpi:.0f} dpi, over {limit}: "
+                "draw fewer marks or a smaller figure"
             )
         # Bytes grow about linearly with dpi for line art: aim a little under the limit, but always
         # step down.
@@ -61,10 +62,12 @@ def _frame_html(axis: str, label: str, fig: Figure, alt: str) -> widgets.HTML:
     """One frame: the preset's name, and the picture under it."""
     picture = plots.image(frame(fig), "png", alt, round(fig.get_figwidth() * plots.CSS_PIXELS))
     caption = f"<strong>{html.escape(axis)} = {html.escape(label)}</strong>"
-    value = f'<figure style="margin:0"><figcaption aria-live="polite">{caption}</figcaption>{picture}</figure>'
+    caption = f'<figcaption aria-live="polite">{caption}</figcaption>'
+    value = f'<figure style="margin:0">{caption}{picture}</figure>'
     if len(value) > FRAME_BYTES:
         raise ValueError(
-            f"alt of {axis} = {label} has {len(alt)} characters: shorten it, the frame is over {FRAME_BYTES}"
+            f"alt of {axis} = {label} has {len(alt)} characters: "
+            f"shorten it, the frame is over {FRAME_BYTES}"
         )
     return widgets.HTML(value)
 
@@ -153,7 +156,7 @@ def explorer(
 
 
 def _canvas(height: float, **margins: float) -> Figure:
-    """Make a figure with fixed margins: constrained layout would make the picture jump between frames."""
+    """Make a figure with fixed margins: with constrained layout, frames would jump."""
     with plots.style(), rc_context({"figure.constrained_layout.use": False}):
         fig = Figure(figsize=(plots.WIDTH, height))
     fig.subplots_adjust(**{"left": 0.12, "right": 0.97, "bottom": 0.16, "top": 0.9, **margins})
@@ -163,7 +166,7 @@ def _canvas(height: float, **margins: float) -> Figure:
 def stretched_cdf(
     x: np.ndarray, log_alpha: float, beta: float, left: float, right: float
 ) -> np.ndarray:
-    """P(stretched gate <= x) before clamping, for x strictly between left and right (Louizos et al. 2018, sec. 2.2).
+    """P(stretched gate <= x) before clamping, for left < x < right (Louizos et al. 2018, sec. 2.2).
 
     Parameters
     ----------
@@ -186,7 +189,7 @@ def stretched_cdf(
 def stretched_density(
     x: np.ndarray, log_alpha: float, beta: float, left: float, right: float
 ) -> np.ndarray:
-    """Density of the stretched gate before clamping: the derivative of `stretched_cdf`, same arguments."""
+    """Density of the stretched gate before clamping: the derivative of `stretched_cdf`."""
     s = (np.asarray(x, dtype=float) - left) / (right - left)
     q = stretched_cdf(x, log_alpha, beta, left, right)
     # dQ/dx = Q (1 - Q) * beta * d logit(s)/ds * ds/dx
@@ -200,7 +203,7 @@ def point_masses(log_alpha: float, beta: float, left: float, right: float) -> tu
 
 
 def _density_figure(at: Mapping[str, float], limits: tuple[float, float]) -> Figure:
-    """Draw the stretched density, its two tails beyond 0 and 1, and the point masses that clamping turns them into."""
+    """Draw the stretched density, its tails beyond 0 and 1, and the point masses they become."""
     fig = _canvas(3.0, right=0.88)
     x = np.linspace(at["left"], at["right"], 802)[1:-1]
     y = stretched_density(x, **at)
@@ -219,7 +222,8 @@ def _density_figure(at: Mapping[str, float], limits: tuple[float, float]) -> Fig
         mass.set(ylim=(0, 1), ylabel="probability (bars)")
         mass.grid(visible=False)
         mass.spines["right"].set_visible(True)
-        ax.set_title(f"P(z = 0) = {zero:.2f}    P(z = 1) = {one:.2f}    P(z ≠ 0) = {1 - zero:.2f}")
+        masses = {"= 0": zero, "= 1": one, "≠ 0": 1 - zero}
+        ax.set_title("    ".join(f"P(z {place}) = {mass:.2f}" for place, mass in masses.items()))
     return fig
 
 
@@ -242,8 +246,8 @@ def _density_alt(at: Mapping[str, float]) -> str:
     zero, one = point_masses(**at)
     settings = ", ".join(f"{SYMBOLS[name]} = {value:.3g}" for name, value in at.items())
     return (
-        f"Density of the hard-concrete gate at {settings}: probability {zero:.2f} of exactly 0, {one:.2f} of exactly 1 "
-        f"and {1 - zero - one:.2f} spread between them."
+        f"Density of the hard-concrete gate at {settings}: probability {zero:.2f} of exactly 0, "
+        f"{one:.2f} of exactly 1 and {1 - zero - one:.2f} spread between them."
     )
 
 
@@ -316,15 +320,16 @@ def budget_explorer(
         chosen = list(scores)
     presets, texts = [], []
     for label, selection in chosen:
-        rows, columns, fractions = plots.where(selection)
+        rows, columns, fractions = plots.share_by_layer(selection)
         fig = _canvas(1.15 + 0.27 * len(rows), left=0.13, right=0.99, bottom=0.22, top=0.92)
         with plots.style():
-            plots.draw_where(fig.subplots(), selection)
+            plots.draw_share(fig.subplots(), selection)
         presets.append((label, fig))
         top = np.unravel_index(np.nanargmax(fractions), fractions.shape)
         texts.append(
             f"Heat map of layers by kinds of tensor at budget {label}: the largest share, "
-            f"{plots.percent(fractions[top])} %, is selected of {columns[top[1]]} in layer {rows[top[0]]}."
+            f"{plots.percent(fractions[top])} %, is selected of {columns[top[1]]} "
+            f"in layer {rows[top[0]]}."
         )
     return explorer(title, {"budget": presets}, {"budget": texts})
 
@@ -408,7 +413,8 @@ def leak_explorer(
         )
         if mask.shape != shape[1:] or mask.all():
             raise ValueError(
-                f"selected has shape {mask.shape}: give {shape[1:]}, with at least one weight unselected"
+                f"selected has shape {mask.shape}: give {shape[1:]}, "
+                "with at least one weight unselected"
             )
         when = list(range(shape[0])) if steps is None else list(steps)
         if len(when) != shape[0]:

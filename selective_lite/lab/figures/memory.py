@@ -1,4 +1,4 @@
-"""Ledgers: what LoRA and gates add to a model, and the bytes of several ways of training side by side."""
+"""Memory: the bytes of several ways of training, printed and drawn next to each other."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ...methods.diff_pruning.groups import GROUPINGS
 from ...params import weights
 from . import plots
 
-Books = Mapping[str, Mapping[str, int]]  # a way of training -> bytes by kind
+Ledgers = Mapping[str, Mapping[str, int]]  # way of training -> kind -> bytes
 
-# Every kind's colour and hatch; what all ways of training share is pale.
+# Colour and hatch of each kind; what all ways of training share is pale.
 LOOKS = {
     "weights": ("#BBBBBB", ""),
     "gradients": (plots.PALETTE[0], "//"),
@@ -31,9 +31,9 @@ UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 def small_modules(
     model: nn.Module, names: Sequence[str], *, kind: Kind = "lora", rank: int = 8
 ) -> list[Tensor]:
-    """The tensors that `add_adapters` would add, on the meta device, for ``predicted_ledger(..., beside=...)``.
+    """The tensors that `add_adapters` would add, on the meta device.
 
-    Arguments and errors as in `add_adapters`.
+    They are for ``predicted_ledger(..., beside=...)``. Arguments and errors as in `add_adapters`.
     """
     places = find_layers(model, dict.fromkeys(names, rank))
     return [
@@ -48,7 +48,7 @@ def gates(
     groups: Literal["tensor", "head", "layer"] | None = None,
     head: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """The tensors that Diff Pruning's `Relaxed` would add, as `small_modules`: w and log_alpha, and a gate a group."""
+    """The tensors that Diff Pruning would add, on the meta device: w, log_alpha, a gate a group."""
     theta = weights(model, head)
     added = [torch.empty_like(p, device="meta") for _ in ("w", "log_alpha") for p in theta.values()]
     if groups is not None:
@@ -58,8 +58,8 @@ def gates(
     return added
 
 
-def show(measured: Books, predicted: Books | None = None) -> None:
-    """Print bytes by kind, a line a way of training, and draw them as stacked bars.
+def show(measured: Ledgers, predicted: Ledgers | None = None) -> None:
+    """Print bytes by kind, a line for each way of training, and draw them as stacked bars.
 
     Parameters
     ----------
@@ -73,74 +73,78 @@ def show(measured: Books, predicted: Books | None = None) -> None:
     Raises
     ------
     ValueError
-        If there is no book, a kind is unknown, or a prediction is for a label that is not there.
+        If there is no ledger, a kind is unknown, or a prediction has a label that `measured` lacks.
     """
     predicted = {} if predicted is None else predicted
-    check_books(measured, predicted)
+    check(measured, predicted)
     print(table(measured, predicted))
-    alt = described(measured, predicted)
+    alt = alt_text(measured, predicted)
     with plots.figure(alt=alt, height=1.4 + 0.42 * len(measured), width=6.6) as (_, ax):
         draw(ax, measured, predicted)
 
 
-def check_books(measured: Books, predicted: Books) -> None:
-    """Raise `show`'s errors."""
+def check(measured: Ledgers, predicted: Ledgers) -> None:
+    """Raise the errors of `show`."""
     if not measured:
         raise ValueError(
             "measured is empty; give {label: ledger(...)} for one way of training or more"
         )
-    for label, book in (*measured.items(), *predicted.items()):
+    for label, ledger in (*measured.items(), *predicted.items()):
         if label not in measured:
             raise ValueError(
                 f"predicted names {label!r}, which is not measured; labels are {list(measured)}"
             )
-        if unknown := sorted(set(book) - set(LOOKS)):
+        if unknown := sorted(set(ledger) - set(LOOKS)):
             raise ValueError(
                 f"the ledger of {label!r} has a kind {unknown[0]!r}; kinds are {list(LOOKS)}"
             )
 
 
-def unit(books: Books) -> tuple[str, int]:
-    """The unit in which the largest sum has two digits or more before its point, and its bytes."""
-    largest = max(sum(book.values()) for book in books.values())
+def unit(ledgers: Ledgers) -> tuple[str, int]:
+    """The largest unit in which the largest sum is at least 10, and its bytes."""
+    largest = max(sum(ledger.values()) for ledger in ledgers.values())
     return next((name, size) for name, size in UNITS.items() if largest >= 10 * size or size == 1)
 
 
 def short(number: float) -> str:
-    """A number with three digits, or all those before its point."""
+    """A number with three digits, or more if it has more before its point."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def verdict(book: Mapping[str, int], foretold: Mapping[str, int]) -> str:
-    """How a prediction fits: ``"exact"``, or the kinds that differ and by how many bytes."""
-    differences = {kind: book.get(kind, 0) - foretold.get(kind, 0) for kind in PREDICTED}
+def verdict(ledger: Mapping[str, int], predicted: Mapping[str, int]) -> str:
+    """How well a prediction fits: ``"exact"``, or the kinds that differ and by how many bytes."""
+    differences = {kind: ledger.get(kind, 0) - predicted.get(kind, 0) for kind in PREDICTED}
     return ", ".join(f"{kind} {d:+,} bytes" for kind, d in differences.items() if d) or "exact"
 
 
-def table(measured: Books, predicted: Books) -> str:
-    """A line a way of training: every kind, their sum, and how the prediction fits."""
+def table(measured: Ledgers, predicted: Ledgers) -> str:
+    """A line for each way of training: every kind, their sum, and how well the prediction fits."""
     name, size = unit(measured)
-    kinds = [kind for kind in LOOKS if any(kind in book for book in measured.values())]
+    kinds = [kind for kind in LOOKS if any(kind in ledger for ledger in measured.values())]
     width = max(len(label) for label in (*measured, name)) + 1
     lines = [f"{name:<{width}}" + "".join(f"{kind:>12}" for kind in (*kinds, "sum"))]
-    for label, book in measured.items():
-        numbers = [*map(book.get, kinds), sum(book.values())]
+    for label, ledger in measured.items():
+        numbers = [*map(ledger.get, kinds), sum(ledger.values())]
         line = f"{label:<{width}}" + "".join(
             f"{'-' if n is None else f'{n / size:,.2f}':>12}" for n in numbers
         )
-        lines.append(line + (f"   {verdict(book, predicted[label])}" if label in predicted else ""))
+        said = f"   {verdict(ledger, predicted[label])}" if label in predicted else ""
+        lines.append(line + said)
     if predicted:
         lines[0] += "   prediction"
     return "\n".join(lines)
 
 
-def draw(ax: Any, measured: Books, predicted: Books) -> None:
-    """Stacked horizontal bars, first way of training on top, the sum behind each; ticks where predicted parts end."""
+def draw(ax: Any, measured: Ledgers, predicted: Ledgers) -> None:
+    """Draw stacked bars, the first way of training on top, the sum behind each.
+
+    Ticks mark where predicted parts end.
+    """
     name, size = unit(measured)
-    for y, (label, book) in enumerate(measured.items()):
+    for y, (label, ledger) in enumerate(measured.items()):
         left = 0.0
         for kind, (color, hatch) in LOOKS.items():
-            width = book.get(kind, 0) / size
+            width = ledger.get(kind, 0) / size
             look = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
             ax.barh(y, width, 0.62, left=left, label=kind if y == 0 else None, **look)
             left += width
@@ -160,13 +164,13 @@ def draw(ax: Any, measured: Books, predicted: Books) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def described(measured: Books, predicted: Books) -> str:
-    """What `draw` shows, as a sentence for a figure's alt text."""
+def alt_text(measured: Ledgers, predicted: Ledgers) -> str:
+    """Alternative text of what `draw` shows."""
     name, size = unit(measured)
     ways = [
-        f"{label} {short(sum(book.values()) / size)}: "
-        + ", ".join(f"{kind} {short(book[kind] / size)}" for kind in LOOKS if book.get(kind))
-        + (f"; prediction {verdict(book, predicted[label])}" if label in predicted else "")
-        for label, book in measured.items()
+        f"{label} {short(sum(ledger.values()) / size)}: "
+        + ", ".join(f"{kind} {short(ledger[kind] / size)}" for kind in LOOKS if ledger.get(kind))
+        + (f"; prediction {verdict(ledger, predicted[label])}" if label in predicted else "")
+        for label, ledger in measured.items()
     ]
     return f"Stacked bars of bytes by kind, in {name}. " + ". ".join(ways) + "."

@@ -1,4 +1,4 @@
-"""Every figure of the book: one style, a few kinds of picture, one way onto the page."""
+"""Plots: the style of the book's figures, a few kinds of them, and how they reach the page."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 GREY = "#767676"
 DASHES = ("-", "--", "-.", ":")
 
-WIDTH = 5.2  # inches: at 110 CSS pixels an inch a column on a desktop, and still 9-pixel type on a 360-pixel phone
+# Inches: at 110 CSS pixels an inch a column on a desktop, and 9-pixel type on a 360-pixel phone.
+WIDTH = 5.2
 CSS_PIXELS = 110
-SVG_BYTES = 40_000  # above this a figure has so many points that a bitmap is the smaller picture
+SVG_BYTES = 40_000  # above this, a figure has so many points that a bitmap is smaller
 
 STYLE: dict[Any, Any] = {
     "figure.figsize": (WIDTH, 3.2),
@@ -59,7 +60,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Selected(Protocol):
-    """What a picture needs to know of a selection: its counts and the shapes of all tensors."""
+    """What a picture needs of a selection: its counts and the shapes of all tensors."""
 
     @property
     def shapes(self) -> Mapping[str, Sequence[int]]:
@@ -103,11 +104,12 @@ def image(data: bytes, kind: str, alt: str, width: int) -> str:
     """
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     text = html.escape(_checked(alt), quote=True)
-    return f'<img alt="{text}" width="{width}" style="max-width:100%;height:auto;background:#fff" src="{source}">'
+    look = "max-width:100%;height:auto;background:#fff"
+    return f'<img alt="{text}" width="{width}" style="{look}" src="{source}">'
 
 
 def png(fig: Figure, dpi: float, tints: int = 48) -> bytes:
-    """Draw the figure as a PNG of ``tints`` colours at ``dpi`` dots an inch: a plot has few, so the file is small."""
+    """Draw a figure as a PNG of few colours, and so of few bytes, at ``dpi`` dots an inch."""
     buffer = io.BytesIO()
     with style():
         fig.savefig(buffer, format="png", dpi=dpi)
@@ -245,7 +247,7 @@ def band(
 
 
 def _rows(rows: Any) -> tuple[list[str], np.ndarray]:
-    """Labels, and an array (rows, 3) of estimate, low, high, from tuples (label, estimate, low, high)."""
+    """Labels and an array (rows, 3) of numbers, from tuples (label, estimate, low, high)."""
     labels = [str(row[0]) for row in rows]
     numbers = np.array([[float(v) for v in row[1:]] for row in rows])
     if numbers.ndim != 2 or numbers.shape[1] != 3:
@@ -253,7 +255,8 @@ def _rows(rows: Any) -> tuple[list[str], np.ndarray]:
     for label, (estimate, low, high) in zip(labels, numbers, strict=True):
         if not low <= estimate <= high:
             raise ValueError(
-                f"row {label!r}: {estimate:g} is not in [{low:g}, {high:g}]; give (label, estimate, low, high)"
+                f"row {label!r}: {estimate:g} is not in [{low:g}, {high:g}]; "
+                "give (label, estimate, low, high)"
             )
     return labels, numbers
 
@@ -284,7 +287,7 @@ def bars(ax: Any, rows: Sequence[tuple[str, float, float, float]], color: str = 
 
 
 def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str = "") -> None:
-    """Forest plot of paired differences: a point and its 95 % interval a row, against a line at zero.
+    """Draw paired differences: in each row a point and its 95 % interval, against a line at zero.
 
     A filled point's interval excludes zero, a hollow one's does not.
 
@@ -351,12 +354,12 @@ def kind(name: str) -> str:
 
 
 def layer(name: str) -> int | None:
-    """Find the layer a parameter belongs to, from 0: the first number in its name, or None outside the layers."""
+    """Find the layer of a parameter, from 0: the first number in its name, else None."""
     found = re.search(r"\.(\d+)\.", f".{name}")
     return int(found.group(1)) if found else None
 
 
-def where(selection: Selected) -> tuple[list[str], list[str], np.ndarray]:
+def share_by_layer(selection: Selected) -> tuple[list[str], list[str], np.ndarray]:
     """Compute the selected fraction by layer and kind of tensor.
 
     Parameters
@@ -396,7 +399,7 @@ def where(selection: Selected) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def percent(fraction: float) -> str:
-    """Write a fraction as a short percentage: two digits, no exponent, ``<0.001`` where it rounds away."""
+    """A fraction as a short percentage: two digits, no exponent, ``<0.001`` for less."""
     value = 100 * fraction
     if value == 0 or value >= 9.95:
         return f"{value:.0f}"
@@ -405,7 +408,7 @@ def percent(fraction: float) -> str:
     return f"{value:.{1 if value >= 0.995 else 2 if value >= 0.0995 else 3}f}"
 
 
-def draw_where(ax: Any, selection: Selected, title: str = "") -> None:
+def draw_share(ax: Any, selection: Selected, title: str = "") -> None:
     """Draw on ``ax`` which share of each layer's tensors is selected.
 
     The number in a cell is that share in percent. The colour compares it with the share selected
@@ -418,7 +421,7 @@ def draw_where(ax: Any, selection: Selected, title: str = "") -> None:
     selection : Selection
     title : str
     """
-    rows, columns, fractions = where(selection)
+    rows, columns, fractions = share_by_layer(selection)
     total = sum(float(np.prod(shape, dtype=float)) for shape in selection.shapes.values())
     overall = sum(selection.per_tensor().values()) / total
     with np.errstate(divide="ignore"):
@@ -449,7 +452,7 @@ def draw_where(ax: Any, selection: Selected, title: str = "") -> None:
     ax.set_title(title or f"% selected of each kind of tensor ({percent(overall)} % of all)")
 
 
-def where_selected(selection: Selected, title: str = "") -> Figure:
+def share_figure(selection: Selected, title: str = "") -> Figure:
     """Draw where the selected weights lie, layer by kind of tensor; pass it to `show`.
 
     Parameters
@@ -460,9 +463,10 @@ def where_selected(selection: Selected, title: str = "") -> Figure:
     Returns
     -------
     matplotlib Figure
-        Cells hold percentages; see `draw_where` for the colours.
+        Cells hold percentages; see `draw_share` for the colours.
     """
     with style():
-        fig = Figure(figsize=(WIDTH, 1.2 + 0.3 * len(where(selection)[0])), layout="constrained")
-        draw_where(fig.subplots(), selection, title)
+        height = 1.2 + 0.3 * len(share_by_layer(selection)[0])
+        fig = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw_share(fig.subplots(), selection, title)
     return fig

@@ -116,7 +116,6 @@ class Relaxed(nn.Module):
         self.w = nn.ParameterList(torch.zeros_like(p, dtype=_trained(p)) for p in theta.values())
 
         def gates(shape: Sequence[int], like: Tensor) -> HardConcrete:
-            # (eq-concrete) with beta = 1
             return HardConcrete(
                 shape,
                 beta=1.0,

@@ -1,16 +1,15 @@
-"""Language: what a text costs in bits, against a model whose probabilities are known."""
+"""Tweets: what a text costs in bits, against a model whose probabilities are known."""
 
 import math
 from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from selective_lite.lab import load_task
-from selective_lite.lab.data.tweets import IGNORED, Sequences, bits, load_texts, saved
+from selective_lite.lab.data.tweets import IGNORED, Sequences, bits, load_texts
 
 
 class Words:
@@ -67,33 +66,6 @@ def test_labels_are_the_tokens_and_nothing_at_padding():
     (batch,) = split((1, 2, 3), (1, 0)).batches(2)
     assert batch["input_ids"].tolist() == [[1, 0, 0], [1, 2, 3]]
     assert batch["labels"].tolist() == [[1, 0, IGNORED], [1, 2, 3]]
-
-
-def test_bits_saved_on_a_hand_case():
-    first, second = [[8.0, 4.0]], [[6.0, 3.0]]
-    mean, low, high = saved(first, second, [4, 2])
-    assert mean == 0.5  # three bits of twelve, over six tokens
-    assert (low, high) == (0.5, 0.5)  # both texts save half a bit a token
-    assert saved(second, first, [4, 2])[0] == -0.5
-
-
-def test_the_interval_is_that_of_a_mean_where_texts_are_many_and_covers_seeds():
-    generator = np.random.default_rng(0)
-    tokens = np.full(400, 10)
-    noise = generator.normal(size=(1, 400))
-    _, low, high = saved(noise * 0, -noise, tokens)
-    assert high - low == pytest.approx(2 * 1.96 * noise.std() / math.sqrt(400) / 10, rel=0.1)
-    runs = np.stack(
-        [np.zeros(400), np.full(400, 10.0)]
-    )  # one seed saves nothing, the other a bit a token
-    assert saved(runs * 0, -runs, tokens) == (0.5, 0.0, 1.0)
-
-
-def test_saved_refuses_what_cannot_be_paired():
-    with pytest.raises(ValueError, match=r"first is \(1, 2\), second \(1, 3\), tokens \(2,\)"):
-        saved([[1.0, 2.0]], [[1.0, 2.0, 3.0]], [1, 1])
-    with pytest.raises(ValueError, match=r"tokens \(3,\)"):
-        saved([[1.0, 2.0]], [[1.0, 2.0]], [1, 1, 1])
 
 
 def test_texts_start_with_the_start_and_share_nothing_between_splits():

@@ -1,14 +1,15 @@
-"""The plan and its recipes: every planned method has one, and trains as many weights as its budget says."""
+"""The movies and their recipes: every method has one, and trains as many weights as it should."""
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from selective_lite.lab import results
 from selective_lite.lab.data.sentiment import DOMAINS, Split, Task
-from selective_lite.lab.experiments import movies, run
+from selective_lite.lab.experiments import four_deltas, movies, run
 from selective_lite.lab.experiments.recipes import RECIPES
 from selective_lite.params import weights
 
@@ -21,7 +22,7 @@ SMALL = {"task": "movies", "train": 16, "validation": 40, "batch": 8, "epochs": 
 @pytest.fixture(scope="module")
 def started():
     """MiniLM and a small task."""
-    return run.start(SMALL)
+    return movies.start(SMALL)
 
 
 def first_phase(started, method, budget):
@@ -30,8 +31,8 @@ def first_phase(started, method, budget):
     total = sum(p.numel() for p in weights(model).values())
     phases = RECIPES[method](model, task, config, 1e-3)
     phase = next(phases)
-    trained = run._trained(phase, model)
-    fixed = run._is_fixed_mask(phase, model)
+    trained = run.trained(phase, model)
+    fixed = run.is_fixed_mask(phase, model)
     phases.close()
     return trained, total, fixed
 
@@ -63,13 +64,13 @@ def test_grids_are_parts_of_one_grid_of_half_decades():
 
 
 def test_controls_that_shuffle_wait_for_what_they_shuffle():
-    late = {config["method"] for config in movies.rate_configs() if movies.shuffles(config)}
+    late = {config["method"] for config in movies.STUDY.rate_configs() if movies.shuffles(config)}
     assert late == {method for method, _ in movies.GRIDS if method.endswith("shuffled")}
 
 
 @pytest.fixture
 def tiny(accelerator, monkeypatch):
-    """What `experiments.start` gives, of tiny size, on a GPU; the rows that controls shuffle are there."""
+    """The study on a tiny model and task, on a GPU; the rows that controls shuffle are there."""
     from transformers import BertConfig, BertForSequenceClassification
 
     # A side of 72 is more than SaRA's smallest, and half a percent of all buys SPT one module.
@@ -95,53 +96,63 @@ def tiny(accelerator, monkeypatch):
             for m in SHUFFLED
         ]
 
-    monkeypatch.setattr(run, "start", start)
     monkeypatch.setattr(results, "read", read)
+    return replace(movies.STUDY, start=start)
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("method", RECIPES)
-def test_every_method_of_the_plan_runs_on_a_gpu(method):
+def test_every_method_runs_on_a_gpu(tiny, method):
     config = {
         **SMALL,
         "method": method,
         "budget": next(budget for name, budget in movies.GRIDS if name == method),
     }
-    row = run.run({**config, "lr": 1e-3})
+    row = run.run(tiny, {**config, "lr": 1e-3})
     assert row["tested"] == 8
     assert all(math.isfinite(loss) for loss in (row["loss"], *row["first_losses"]))
     assert row["trained"] > 0
-    assert len(run.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]) == 2
+    assert len(run.sweep(tiny, {**config, "grid": (1e-3, 1e-2)})["validation"]) == 2
 
 
-def test_the_larger_profile_runs_every_method_on_every_domain_with_every_seed(monkeypatch):
-    ran = {}
+def test_the_larger_study_runs_every_method_on_every_domain_with_every_seed(monkeypatch):
+    def read(name):
+        study = {"domains_rates": movies.ALL_DOMAINS, "movies_rates": movies.STUDY}[name]
+        best_in_the_middle = [0.1, 0.9] + [0.1] * 4
+        return [
+            {"config": c, "validation": best_in_the_middle[: len(c["grid"])]}
+            for c in study.rate_configs()
+        ]
 
-    def run_missing(name, configs, run, roots, **how):
-        ran[name] = list(configs)
-
-    best_in_the_middle = [0.1, 0.9] + [0.1] * 4
-    monkeypatch.setattr(results, "run_missing", run_missing)
-    monkeypatch.setattr(
-        results,
-        "read",
-        lambda name: [
-            {"config": c, "validation": best_in_the_middle[: len(c["grid"])]} for c in ran[name]
-        ],
-    )
-    movies.everything(movies.LARGE, DOMAINS)
-    rows = [(c["task"], c["method"], c["budget"], c["seed"]) for c in ran[movies.LARGE]]
+    monkeypatch.setattr(results, "read", read)
+    configs = list(movies.ALL_DOMAINS.configs())
+    rows = [(c["task"], c["method"], c["budget"], c["seed"]) for c in configs]
     assert len(rows) == len(set(rows))
     assert set(rows) == {
         (task, *cell, seed) for task in DOMAINS for cell in movies.GRIDS for seed in movies.SEEDS
     }
-    assert all(c["lr"] == movies.GRIDS[c["method"], c["budget"]][1] for c in ran[movies.LARGE])
-    movies.everything(movies.NAME, DOMAINS[:1])
-    once = {c["method"] for c in ran[movies.NAME]} - {
-        c["method"] for c in ran[movies.NAME] if c["seed"]
-    }
-    assert once == set(movies.ONE_SEED)
+    assert all(c["lr"] == movies.GRIDS[c["method"], c["budget"]][1] for c in configs)
+    few = list(movies.STUDY.configs())
+    assert {c["task"] for c in few} == {"movies"}
+    assert {c["method"] for c in few} - {c["method"] for c in few if c["seed"]} == set(
+        movies.ONE_SEED
+    )
+
+
+def test_what_is_missing_is_swept_before_it_is_run_and_controls_wait(monkeypatch):
+    made = []
+
+    def run_missing(name, configs, run, roots, **how):
+        made.append((name, len(list(configs)), how["late"], how["study"]))
+
+    monkeypatch.setattr(results, "run_missing", run_missing)
+    run.make(movies.STUDY)
+    run.make(four_deltas.STUDY)  # which takes the movies' rates
+    assert made == [
+        ("movies_rates", len(movies.GRIDS), movies.shuffles, "movies"),
+        ("movies", len(list(movies.STUDY.configs())), movies.shuffles, "movies"),
+        ("deltas", 8, run.no_config, "deltas"),
+    ]
 
 
 def test_a_climb_ends_at_the_first_rate_that_fails():

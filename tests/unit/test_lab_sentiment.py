@@ -96,7 +96,7 @@ def test_majority_is_the_accuracy_of_the_commoner_label_on_the_test_split(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("films", {}, "name='films' is no task; choose one of"),
+        ("films", {}, "name='films' is not a task; choose one of"),
         ("movies", {"train": 0}, "train=0 and validation=100 must both be at least 1"),
         (
             "movies",

@@ -56,5 +56,5 @@ def test_leading_dimensions_are_free(build, batch):
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_count_that_the_model_has_not_raises(build, count):
-    with pytest.raises(ValueError, match=rf"count={count} is outside \[1, 2\]"):
+    with pytest.raises(ValueError, match=rf"count={count} must be from 1 to 2"):
         UpperLayers(build("bert"), count)

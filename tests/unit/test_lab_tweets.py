@@ -1,6 +1,7 @@
-"""The rows of the language plan: complete, inside their grids, of exact counts, and with the delta that is kept."""
+"""The tweets' rows: complete, inside their grids, of exact counts, and with the delta kept."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,22 +9,21 @@ import torch
 import selective_lite as sl
 from selective_lite.lab import results
 from selective_lite.lab.data.tweets import Sequences, Texts
-from selective_lite.lab.experiments import tweets as plan
+from selective_lite.lab.experiments import four_deltas, run, tweets
 
-ROWS = results.read(plan.NAME)
-RATES = results.read(plan.NAME + "_rates")
+ROWS = results.read(tweets.NAME)
+RATES = results.read(tweets.NAME + "_rates")
 
 
 def test_every_config_has_its_row():
-    for rows, configs in ((RATES, plan.rate_configs()), (ROWS, plan.configs())):
+    for rows, configs in ((RATES, tweets.STUDY.rate_configs()), (ROWS, tweets.STUDY.configs())):
         assert [row["config"] for row in rows] == json.loads(json.dumps(list(configs)))
-        assert all(row["roots"] == plan.roots(row["config"]) for row in rows)
 
 
 def test_no_best_learning_rate_lies_on_the_edge_of_its_grid():
     for row in RATES:
         tried = row["config"]["grid"][: len(row["validation"])]
-        assert plan.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
+        assert tweets.rate(row) in tried[1:-1], f"widen this grid: {row['config']}"
 
 
 def test_masks_have_exactly_k_weights():
@@ -42,9 +42,9 @@ def test_rows_say_of_every_text_what_it_costs():
 
 
 def test_the_shipped_delta_is_its_row_s():
-    (row,) = [row for row in ROWS if plan.shipped(row["config"])]
+    (row,) = [row for row in ROWS if tweets.shipped(row["config"])]
     file = results.find("language.safetensors")
-    assert (plan.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
+    assert (four_deltas.sha256(file), file.stat().st_size) == (row["sha256"], row["bytes"])
     delta = sl.load(file)
     assert delta.count == row["trained"]
     places = {
@@ -64,7 +64,7 @@ def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
     with torch.no_grad():
         for name, index in selection.indices.items():
             model.get_parameter(name).view(-1)[index] += 1
-    found = plan.mask_of(sl.diff(before, model), model)
+    found = tweets.mask_of(sl.diff(before, model), model)
     assert found.shapes == selection.shapes
     assert list(found.indices) == list(selection.indices)
     assert all(torch.equal(found.indices[name], index) for name, index in selection.indices.items())
@@ -72,7 +72,7 @@ def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["untouched", "fish", "random"])
-def test_the_plan_runs_on_a_gpu(build, accelerator, tmp_path, monkeypatch, method):
+def test_every_method_runs_on_a_gpu(build, accelerator, tmp_path, monkeypatch, method):
     texts = torch.randint(1, 53, (24, 7)).tolist()
 
     def split(tokens):
@@ -82,12 +82,12 @@ def test_the_plan_runs_on_a_gpu(build, accelerator, tmp_path, monkeypatch, metho
     def start(config):
         return build("llama").to(accelerator), Texts(*(split(texts[i : i + 8]) for i in (0, 8, 16)))
 
-    monkeypatch.setattr(plan, "start", start)
+    study = replace(tweets.STUDY, start=start)
     monkeypatch.setattr(results, "CHECKOUT", tmp_path)
-    config = {**plan.DATA, "method": method, "budget": 0.02, "seed": 0, "batch": 4}
-    row = plan.run({**config, "lr": 1e-3})
+    config = {**tweets.DATA, "method": method, "budget": 0.02, "seed": 0, "batch": 4}
+    row = run.run(study, {**config, "lr": 1e-3})
     assert len(row["bits"]) == len(row["tokens"]) == 8
     if method != "untouched":
         assert row["trained"] == sum(row["per_tensor"].values()) > 0
-        found = plan.sweep({**config, "grid": (1e-3, 1e-2)})["validation"]
+        found = run.sweep(study, {**config, "grid": (1e-3, 1e-2)})["validation"]
         assert 1 <= len(found) <= 2
