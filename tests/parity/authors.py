@@ -1,4 +1,4 @@
-"""The optimizer of the authors' transformers, which several parity tests step with; it is no part of the library."""
+"""The optimizer of the authors' transformers, with which several parity tests step."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""SPT: the sweep finds what trying every tau finds, the budget is spent and charged as said, and the mixture trains."""
+"""SPT: the sweep finds what trying every tau finds, budgets are spent as said, the mixture trains."""
 
 import math
 import sys
@@ -34,7 +34,7 @@ def sensitivity(build, batches):
 
 
 def charges_at_every_tau(scores, charge):
-    """The charge at tau = 0, 1, ... N, entry by entry in the order of `select`: what the sweep must agree with."""
+    """The charge at tau = 0, 1, ... N, entry by entry in the order of `select`."""
     entries = [
         (-float(value), place, name)
         for place, (name, score) in enumerate(scores.items())
@@ -131,7 +131,7 @@ def test_taus_that_are_empty_do_not_increase_or_go_beyond_the_scores_raise(taus)
 
 
 class Small(nn.Module):
-    """A matrix of 6 x 4, its bias, and an embedding; r = 1 costs 10, LoRA, or 2 * 6 + 1 + 6 = 19, an Adapter."""
+    """A 6 x 4 matrix, its bias, an embedding; r = 1 costs 10 (LoRA) or 2 * 6 + 1 + 6 = 19 (Adapter)."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ class Small(nn.Module):
 
 
 def ranked(*order):
-    """Scores of `Small` by hand: names of tensors from the most sensitive entry to the least; the rest follows."""
+    """Scores of `Small` by hand: tensors from the most sensitive entry on; the rest follows."""
     sizes = {"table.weight": (5, 2), "layer.weight": (6, 4), "layer.bias": (6,)}
     scores, used = {n: torch.zeros(size) for n, size in sizes.items()}, dict.fromkeys(sizes, 0)
     rest = [
@@ -242,27 +242,24 @@ def test_everything_is_charged_on_every_architecture(build, sensitivity, name, k
     assert all(seen.values()), seen
 
 
-@pytest.mark.parametrize(
-    ("name", "left_out"),
-    [
-        ("toy", ()),
-        ("bert", ()),
-        ("llama", ()),
-        ("gpt2", ()),
-        (
-            "vit",
-            (
-                "vit.embeddings.cls_token",
-                "vit.embeddings.position_embeddings",
-                "vit.embeddings.patch_embeddings.projection.weight",
-            ),
-        ),
-    ],
-)
-def test_what_cannot_be_trained_in_part_takes_no_part(build, sensitivity, name, left_out):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_takes_part_by_default(build, sensitivity, name):
     found = allocate(build(name), sensitivity(name), 100, rank=1)
-    assert found.left_out == left_out
-    assert not any(n in found.selection.shapes for n in left_out)
+    assert found.left_out == ()
+    assert list(found.selection.shapes) == list(sl.weights(build(name)))
+    assert found.selection.method == "SPT"
+
+
+def test_tensors_that_are_no_linear_layer_s_are_tuned_by_entries_only(build, sensitivity):
+    embeddings = {
+        "vit.embeddings.cls_token",
+        "vit.embeddings.position_embeddings",
+        "vit.embeddings.patch_embeddings.projection.weight",
+    }
+    scores = {n: s + 1e6 if n in embeddings else s for n, s in sensitivity("vit").items()}
+    found = allocate(build("vit"), scores, 60, rank=1)
+    assert found.counts == {"structured": 0, "whole": 0, "unstructured": 60}
+    assert set(found.selection.indices) <= embeddings
 
 
 def test_a_tied_embedding_is_tuned_by_entries_only(build, sensitivity):
@@ -282,14 +279,11 @@ def test_two_layers_that_share_a_weight_get_no_module():
     assert len(found.selection.indices["a.weight"]) == 36
 
 
-@pytest.mark.parametrize(
-    "option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}]
-)
-def test_a_table_that_masked_training_refuses_takes_no_part(option):
-    model = nn.Sequential(nn.Embedding(9, 6, **option), nn.Linear(6, 6))
-    found = allocate(model, sl.random_scores(model, 0), 18, rank=1)
+def test_a_table_that_masked_training_refuses_takes_no_part():
+    model = nn.Sequential(nn.Embedding(9, 6, max_norm=1.0), nn.Linear(6, 6))
+    found = allocate(model, sl.random_scores(model, 0, head=()), 18, rank=1, head=())
     assert found.left_out == ("0.weight",)
-    next(spt(model, found, lr=0.1, epochs=1))
+    spt(model, found, lr=0.1, epochs=1, head=())
 
 
 def test_excluded_tensors_and_tensors_without_a_score_take_no_part(build, sensitivity):
@@ -358,7 +352,7 @@ def test_weights_may_be_on_another_device_than_the_scores(build, sensitivity):
 BAD = {
     "below a module": (
         {"budget": 23},
-        r"budget=23 is 23 weights, below 24, the charge of the smallest module at rank=1",
+        r"budget=23 is 23 weights, below 24, the size of the smallest module at rank=1",
     ),
     "above the reach": (
         {"budget": 3000},
@@ -367,7 +361,7 @@ BAD = {
     "above the model": ({"budget": 10**6}, r"budget=1000000 is outside \[1, \d+\]"),
     "no tau within": (
         {"spend": "capped", "taus": [500, 600]},
-        r"budget asks for at most 300 weights, but the smallest tau, 500, charges",
+        r"budget asks for at most 300 weights, but the smallest tau, 500, trains",
     ),
     "rank": (
         {"rank": 13},
@@ -396,7 +390,7 @@ def test_bad_scores_raise(build, sensitivity):
     model, scores = build("bert"), sensitivity("bert")
     bias = "bert.pooler.dense.bias"
     for bad, message in (
-        ({"pooler": scores[bias]}, "scores holds 'pooler', which is no parameter"),
+        ({"pooler": scores[bias]}, "scores holds 'pooler', which is not a parameter"),
         ({bias: scores[bias][:-1]}, rf"scores\['{bias}'\] has shape \(11,\), the model \(12,\)"),
         (
             {bias: scores[bias] * float("nan")},
@@ -570,9 +564,7 @@ def test_merged_the_model_has_the_base_s_tensors_alone_and_computes_the_same(mix
 
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
 @pytest.mark.parametrize("name", ["bert", "llama", "vit"])
-def test_after_an_error_the_model_is_an_ordinary_one_with_its_names_and_flags(
-    mixed, batches, name, kind
-):
+def test_after_an_error_the_model_has_its_own_names_classes_and_flags(mixed, batches, name, kind):
     model, allocation = mixed(name, kind)
     next(iter(model.parameters())).requires_grad_(False)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -593,20 +585,22 @@ def test_after_an_error_the_model_is_an_ordinary_one_with_its_names_and_flags(
 def test_an_allocation_that_does_not_fit_raises_and_changes_nothing(mixed, build):
     model, allocation = mixed("bert")
     for other, message in (
-        (build("vit"), "is no parameter of this model"),
+        (build("vit"), "is not a parameter of this model"),
         (_shorter(build("bert")), r"is for shape"),
     ):
         before, keys = sl.snapshot(other), list(other.state_dict())
         classes = [type(m) for m in other.modules()]
         with pytest.raises(ValueError, match=message):
-            next(spt(other, allocation, lr=0.01, epochs=1))
+            spt(other, allocation, lr=0.01, epochs=1)
         assert list(other.state_dict()) == keys
         assert [type(m) for m in other.modules()] == classes
         assert all(
             p.requires_grad and torch.equal(p, before[n]) for n, p in other.named_parameters()
         )
     with pytest.raises(ValueError, match="epochs=0 of phase 'spt'"):
-        next(spt(model, allocation, lr=0.01, epochs=0))
+        spt(model, allocation, lr=0.01, epochs=0)
+    with pytest.raises(ValueError, match=r"lr_modules=-1.0 of phase 'spt'"):
+        spt(model, allocation, lr=0.01, lr_modules=-1.0, epochs=1)
     assert sl.adapters(model) == {}
 
 
@@ -619,7 +613,7 @@ def _shorter(model):
 def test_an_adapter_cannot_be_merged(mixed):
     model, allocation = mixed("bert", "adapter")
     with pytest.raises(ValueError, match="merge=True, but kind='adapter' cannot be merged"):
-        next(spt(model, allocation, lr=0.01, epochs=1, merge=True))
+        spt(model, allocation, lr=0.01, epochs=1, merge=True)
     assert sl.adapters(model) == {}
 
 
@@ -629,12 +623,29 @@ def test_small_modules_that_were_there_before_stay_as_they_are(build, sensitivit
     (own,) = sl.add_adapters(model, other, rank=1).values()
     before = [p.detach().clone() for p in own.parameters()]
     method = spt(model, allocation, lr=0.01, epochs=1)
-    next(method)
+    next(iter(method))
     method.close()  # as after an error
     assert list(sl.adapters(model)) == [other]
     sl.fit(model, spt(model, allocation, lr=0.01, epochs=1, merge=True), batches("bert", 2))
     assert list(sl.adapters(model)) == [other]
     assert all(torch.equal(a, b) for a, b in zip(before, own.parameters(), strict=True))
+
+
+def test_whole_vectors_and_head_of_a_bfloat16_model_train_as_float32_masters(
+    build, sensitivity, batches
+):
+    model = build("bert").bfloat16()
+    scores = {n: s.float() for n, s in sensitivity("bert").items()}
+    allocation = allocate(model, scores, small_budget(model), rank=1)
+    assert allocation.whole
+    before = sl.snapshot(model)
+    (phase,) = spt(model, allocation, lr=0.01, epochs=1)
+    trained = [p for n in (0, 2) for p in phase.groups[n]["params"]]
+    assert {p.dtype for p in trained} == {torch.float32}
+    sl.remove_adapters(model)
+    sl.fit(model, spt(model, allocation, lr=1e-5, epochs=8), batches("bert", 4))
+    moved = [n for n in allocation.whole if not torch.equal(model.get_parameter(n), before[n])]
+    assert moved  # steps of 1e-5 are lost in bfloat16 itself
 
 
 def test_a_model_of_several_dtypes_trains(mixed, batches):

@@ -210,6 +210,11 @@ class _Library:
 _library = cache(_Library)
 
 
+def reread() -> None:
+    """Read the package again when it is next asked about: its files may have changed since."""
+    _library.cache_clear()
+
+
 def _digest(library: _Library, roots: Iterable[Place], apart: Collection[Place]) -> str:
     """The hash of definitions and of all that they use, whatever their names.
 
