@@ -55,7 +55,8 @@ class MaskedTraining:
     them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding``, Hugging Face's ``Conv1D``
     and of subclasses that keep their forward get sampled gradients. Those of any other tensor are
     gathered from its dense gradient, which lives for a moment in the backward. A tensor that is
-    selected whole trains as it is. What is trained in half precision gets a float32 master.
+    selected whole trains as it is. What is trained in half precision gets a float32 master, which a
+    ``state_dict`` holds rounded, as the model's own tensor; `hf.SaveDelta` keeps masters.
 
     Parameters
     ----------
