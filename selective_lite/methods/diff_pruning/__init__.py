@@ -22,7 +22,9 @@ from .gated import Penalty, gated_weights
 from .groups import Groups
 from .relaxed import STRETCH
 from .relaxed import U_EPS as U_EPS
-from .relaxed import Relaxed as Relaxed
+from .relaxed import Relaxed
+
+__all__ = ["Relaxed", "diff_pruning"]
 
 
 def diff_pruning(
