@@ -139,7 +139,7 @@ def lt_sft(
     Raises
     ------
     TypeError, ValueError
-        At the call for a bad budget or option, or a tensor that no mask can train a part of; from
+        At the call for a bad budget or option, or a tensor that cannot be selected in part; from
         the phases if fewer weights moved than are to be chosen (the model is then rewound).
     """
     theta = weights(model, head)

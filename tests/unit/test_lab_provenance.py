@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from selective_lite.lab.experiments import provenance, recipes, run
+from selective_lite.lab.experiments import movies, provenance, recipes
 
 FILES = {
     "__init__.py": "from .training import step\n",
@@ -108,6 +108,15 @@ def write(x):
 
 # provenance: apart, the methods are roots of their own
 TABLE = {"one": 1}
+
+
+def stale(x):
+    return makers(x)
+
+
+# provenance: apart, of pages too
+def makers(x):
+    return 3 * x
 """,
 }
 
@@ -328,6 +337,22 @@ def test_a_page_follows_from_what_it_reaches(package, file, old, new, changes):
     assert (page(*CELLS) != before) == changes
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("return x", "return 2 * x", True),
+        ('"one": 1', '"one": 2', True),
+        ("return makers(x)", "return -makers(x)", True),
+        ("3 * x", "4 * x", False),
+    ],
+)
+def test_a_page_follows_from_what_is_apart_for_rows_only(package, old, new, changes):
+    cell = "from selective_lite.lab import kept\nkept.write(kept.TABLE, kept.stale(1))"
+    before = page(cell)
+    package("lab/kept.py", old, new)
+    assert (page(cell) != before) == changes
+
+
 def test_a_page_s_own_code_counts_but_not_its_comments_and_layout(package):
     before = page(*CELLS)
     assert page(CELLS[0] + "  # the library\n", "\neven( sl.step(3) )") == before
@@ -364,7 +389,7 @@ def test_a_page_follows_from_the_results_that_it_reads(package, tmp_path):
 
 
 # The library itself: rows of every method.
-ROOTS = {name: [run.run, recipe] for name, recipe in recipes.RECIPES.items()}
+ROOTS = {name: movies.STUDY.roots({"method": name}) for name in recipes.RECIPES}
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ LOOKS = {
     "gradients": (plots.PALETTE[0], "//"),
     "optimizer": (plots.PALETTE[1], ".."),
     "index": (plots.PALETTE[2], "xx"),
+    "passing": (plots.PALETTE[3], "--"),
     "activations": (plots.PALETTE[5], ""),
 }
-PREDICTED = tuple(LOOKS)[:4]  # activations are measured only
+PREDICTED = tuple(LOOKS)[:5]  # activations are measured only
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
@@ -120,7 +121,7 @@ def verdict(ledger: Mapping[str, int], predicted: Mapping[str, int]) -> str:
 def table(measured: Ledgers, predicted: Ledgers) -> str:
     """A line for each way of training: every kind, their sum, and how well the prediction fits."""
     name, size = unit(measured)
-    kinds = [kind for kind in LOOKS if any(kind in ledger for ledger in measured.values())]
+    kinds = [kind for kind in LOOKS if any(ledger.get(kind) for ledger in measured.values())]
     width = max(len(label) for label in (*measured, name)) + 1
     lines = [f"{name:<{width}}" + "".join(f"{kind:>12}" for kind in (*kinds, "sum"))]
     for label, ledger in measured.items():
