@@ -76,7 +76,42 @@ def test_a_model_that_gives_a_tensor_instead_of_an_output_with_a_loss():
         sl.fit(model, sl.full_finetuning(model, lr=1e-3, epochs=1, head=()), [batch])
 
 
+LOSSES = {
+    "one number a sample": lambda m, b: nn.functional.cross_entropy(
+        m(b["x"]), b["labels"], reduction="none"
+    ),
+    "detached": lambda m, b: cross_entropy(m, b).detach(),
+    "a float": lambda m, b: cross_entropy(m, b).item(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("verb", ["score", "fit"])
+def test_a_loss_that_cannot_be_trained_is_said_to_be_it(loss, verb):
+    """`reduction="none"`, `.detach()` or `.item()` in a loss of the user's own: torch's own errors."""
+    model, loss = mlp(), LOSSES[loss]
+    with refused("loss"):
+        if verb == "score":
+            sl.squared_gradient(model, [vectors()], reduction="batch", loss=loss, head=())
+        phases = sl.full_finetuning(model, lr=1e-3, epochs=1, head=())
+        sl.fit(model, phases, [vectors()], loss=loss)
+
+
+def test_scores_and_training_below_no_grad():
+    """A notebook that said `torch.set_grad_enabled(False)` for its demonstration."""
+    model = mlp()
+    with torch.no_grad():
+        selection = sl.fish(model, [vectors()], 5, loss=cross_entropy, head=())
+        before = sl.snapshot(model)
+        with right_or_refused("no_grad", "loss"):
+            phases = sl.fixed_mask(model, selection, lr=1e-2, epochs=1, head=())
+            sl.fit(model, phases, [vectors()], loss=cross_entropy)
+            assert sl.diff(before, model, head=()).count == 5
+
+
 class Stream(IterableDataset):
+    """Samples without a count of them."""
+
     def __iter__(self):
         return iter([{"x": torch.ones(6), "labels": torch.tensor(1)}] * 8)
 

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import selective_lite as sl
 from tests.cases.helpers import (
     assert_clear,
+    assert_gradients_agree,
     assert_only_these_moved,
     bert,
     cross_entropy,
@@ -342,6 +344,61 @@ def test_gradient_checkpointing():
             train(each, tuning.parameters(), tokens())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, plain.get_parameter(name))
+
+
+def test_hooks_of_the_user_run_as_before():
+    """Activations are looked at with forward hooks, gradients with backward hooks."""
+    model, seen = mlp(), []
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    model[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    with sl.masked(model, some_of_each(model), head=()) as tuning:
+        train(model, tuning.parameters(), vectors(), cross_entropy, steps=1)
+    model(vectors()["x"])
+    assert seen == ["before", "forward", "backward", "before", "forward"]
+
+
+def test_pruned_layers_keep_their_zeros():
+    """torch.nn.utils.prune computes `weight` from `weight_orig` in a hook before every forward."""
+    model, x = mlp(), vectors()
+    nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    zeros = model[0].weight == 0
+    before, selection = sl.snapshot(model), some_of_each(model, 12)
+    with sl.masked(model, selection, head=()) as tuning:
+        train(model, tuning.parameters(), x, cross_entropy)
+        inside = model(x["x"])
+    assert torch.equal(model(x["x"]), inside)
+    assert (model[0].weight[zeros] == 0).all()
+    assert_only_these_moved(before, model, selection)
+
+
+def test_text_is_generated_inside_as_after():
+    """Samples are looked at in every epoch; the cache of keys and values is used."""
+    model, ids = llama(), tokens()["input_ids"]
+    with sl.masked(model, some_of_each(model, 100)) as tuning:
+        train(model, tuning.parameters(), tokens(), lr=0.1)
+        inside = model.eval().generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), inside)
+
+
+def test_a_layer_that_is_called_twice_gets_both_gradients():
+    """One layer at two depths, as in ALBERT."""
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2)).double()
+    data = {**vectors(), "x": vectors()["x"].double()}
+    assert_gradients_agree(model, some_of_each(model), data, cross_entropy)
+
+
+def test_a_failed_wrapper_does_not_stop_other_trainings(alone):
+    """FSDP was refused, its error is still on the screen of the notebook; another model trains on."""
+    broken, model = mlp(), mlp(1)
+    open_training = sl.masked(broken, some_of_each(broken), head=())
+    with pytest.raises(RuntimeError):
+        shard(broken, "FSDP")(vectors()["x"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cross_entropy(model, vectors()).backward()
+    optimizer.step()
+    assert not open_training.closed
 
 
 def test_masking_twice_says_to_leave_first():
