@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.small import Kind, find_layers, part_shapes
+from ...methods.diff_pruning.gated import trained_dtype
 from ...methods.diff_pruning.groups import GROUPINGS
 from ...params import weights
 from . import plots
@@ -49,9 +50,16 @@ def gates(
     groups: Literal["tensor", "head", "layer"] | None = None,
     head: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """The tensors that Diff Pruning would add, on the meta device: w, log_alpha, a gate a group."""
+    """The tensors that Diff Pruning would add, on the meta device: w, log_alpha, a gate a group.
+
+    They are float32 at least, those of half-precision weights too.
+    """
     theta = weights(model, head)
-    added = [torch.empty_like(p, device="meta") for _ in ("w", "log_alpha") for p in theta.values()]
+    added = [
+        torch.empty(p.shape, dtype=trained_dtype(p), device="meta")
+        for _ in ("w", "log_alpha")
+        for p in theta.values()
+    ]
     if groups is not None:
         ids = GROUPINGS[groups](model, theta)
         count = 1 + max(int(i.max()) for i in ids.values())
