@@ -26,6 +26,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "code_hash", lambda roots: "new" if roots != ("gone",) else "")
     study = SimpleNamespace(roots=lambda config: ["here"], choose=lambda sweep: sweep["best"])
     monkeypatch.setitem(studies.STUDIES, "toy", study)
+    monkeypatch.setitem(results.ROOTS, "toy", study.roots)
     now = {"losses": LOSSES, "replayed": []}
 
     def losses(study, config, steps):

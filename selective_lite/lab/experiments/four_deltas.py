@@ -1,8 +1,7 @@
 """Four deltas: four sentiment tasks on one MiniLM, each a small file kept with the rows.
 
 LT-SFT at 0.02 % of the weights, and LoRA of about that size for comparison; both take on every task
-the rate that the movies' validation split chose. Run this module (part of ``make results``) to make
-what is missing.
+the rate that the movies' validation split chose.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ...ship.delta import Delta, diff, load
 from ..data.sentiment import DOMAINS
 from . import movies, results
 from .recipes import RECIPES, Config
-from .run import Study, make
+from .run import Study
 
 NAME = "deltas"
 METHODS = {"lt_sft": "LT-SFT", "lora": "LoRA"}
@@ -86,6 +85,3 @@ STUDY = Study(
     ship=ship,
     tuned_by=movies.NAME,
 )
-
-if __name__ == "__main__":
-    make(STUDY)

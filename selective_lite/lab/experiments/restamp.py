@@ -19,6 +19,7 @@ import torch
 from . import results
 from .results import Row
 from .run import device_of, losses
+from .studies import STUDIES
 
 CELL = ("method", "budget", "seed", "task")
 WORKERS = 2
@@ -35,8 +36,6 @@ class Replay(NamedTuple):
 
 def replay(row: Row) -> Replay:
     """Repeat the first steps of a row; an error is kept as text, to go on with the others."""
-    from .studies import STUDIES
-
     start = time.perf_counter()
     found: list[float] = []
     error = ""
@@ -71,8 +70,6 @@ def verdict(row: Row, found: Replay) -> str:
 
 def voucher(row: Row, runs: Iterable[Row]) -> Row | None:
     """The current run that vouches for a row without losses: of its cell, at the rate it chose."""
-    from .studies import STUDIES
-
     config, study = row["config"], STUDIES[row["study"]]
     lr = study.choose(row) if "grid" in config else config["lr"]
     wanted = {**{key: config[key] for key in CELL}, "lr": lr}

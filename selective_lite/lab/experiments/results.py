@@ -27,6 +27,8 @@ Roots = Sequence[str]
 # provenance: apart
 CHECKOUT = PACKAGE.parent / "results"
 FIRST = "first"  # the edition of rows that a later protocol makes anew
+# Name of a study -> config -> definitions that the row follows from; `studies` fills it.
+ROOTS: dict[str, Callable[[Mapping[str, Any]], Roots]] = {}
 
 
 # provenance: apart, reads results
@@ -60,10 +62,8 @@ def roots_of(row: Row) -> Roots:
 
     Files may move: only what a study says today counts for its rows.
     """
-    from .studies import STUDIES  # the studies read rows themselves
-
-    study = STUDIES.get(row.get("study", ""))
-    return row["roots"] if study is None else study.roots(row["config"])
+    roots = ROOTS.get(row.get("study", ""))
+    return row["roots"] if roots is None else roots(row["config"])
 
 
 def today(row: Row, known: dict[tuple[str, ...], str] | None = None) -> str:

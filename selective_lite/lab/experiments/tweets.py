@@ -1,8 +1,7 @@
 """The tweets: SmolLM2 tuned as a language model, the runs behind the page on language models.
 
 As with the movies, rates are chosen on the validation split with seed 0, and the test split is read
-once, by a finished run. Run this module (part of ``make results``) to run what is missing; on a
-GPU, a larger study too.
+once, by a finished run. On a GPU there is a larger study too.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..models import load_language_model
 from . import results
 from .four_deltas import sha256
 from .recipes import Config, Recipe
-from .run import Cell, Study, make
+from .run import Cell, Study
 
 NAME, LARGE_NAME = "language", "language_large"
 DATA = {
@@ -160,8 +159,3 @@ STUDY = Study(
     cliff=0.0,
 )
 LARGER = replace(STUDY, name=LARGE_NAME, data=(LARGE,))
-
-if __name__ == "__main__":
-    make(STUDY)
-    if torch.cuda.is_available():
-        make(LARGER)
