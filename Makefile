@@ -58,7 +58,9 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 
 .PHONY: results
 results: $(ENVIRONMENT) assets ## run the full experiments, some four hours; an interrupted run goes on where it stopped
-	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.movies
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.four_deltas
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.tweets
 
 .PHONY: restamp
 restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code changed; keep those that agree

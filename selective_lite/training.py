@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, repeat
 from numbers import Integral, Real
@@ -228,6 +228,8 @@ def fit(
         _check_batches(batches)
         for phase in phases:
             called = phase.model or model
+            if {id(p) for p in model.parameters()}.isdisjoint(map(id, called.parameters())):
+                raise ValueError(f"phase {phase.name!r} was made for another model; make it anew")
             groups = _checked_groups(phase, called)
             with preserve_modes(called):
                 for record in _steps(phase, groups, called, batches, loss, optimizer):
@@ -241,6 +243,8 @@ def fit(
 
 
 def _check_batches(batches: Any) -> None:
+    if isinstance(batches, Mapping | Tensor):
+        raise TypeError("batches is one batch; give a list of batches, such as [batch]")
     try:
         count = len(batches)
     except TypeError:

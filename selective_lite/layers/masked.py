@@ -55,7 +55,8 @@ class MaskedTraining:
     them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding``, Hugging Face's ``Conv1D``
     and of subclasses that keep their forward get sampled gradients. Those of any other tensor are
     gathered from its dense gradient, which lives for a moment in the backward. A tensor that is
-    selected whole trains as it is. What is trained in half precision gets a float32 master.
+    selected whole trains as it is. What is trained in half precision gets a float32 master, which a
+    ``state_dict`` holds rounded, as the model's own tensor; `hf.SaveDelta` keeps masters.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ class MaskedTraining:
         heads, also = check_selection(model, selection, dense, head, shrinks=shrinks)
         self.model, self.selection, self.sampled = unwrap(model), selection, sampled
         self.head_names = heads
-        self.total = sum(p.numel() for p in weights(model, heads).values())
+        self.total = sum(p.numel() for p in weights(model, head).values())
         self.allow_unused = _skips(self.model) if allow_unused is None else allow_unused
         named, self._places = named_parameters(model), owners(model)
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -315,6 +316,11 @@ def check_selection(
     """Raise as `MaskedTraining` would; else give the names of the head and of the dense tensors."""
     if in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which has taken note of the parameters "
+            "that it had; wrap it inside masked training"
+        )
     named, places = named_parameters(model), owners(model)
     check_names(selection.indices, named, "selection")
     prefixes = check_prefixes(dense, named, "dense")
@@ -428,9 +434,10 @@ def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
 
 
 def _check_made_inside(training: MaskedTraining, held: set[int]) -> None:
-    named = named_parameters(training.model)
     for name, entries in training._entries.items():
-        if id(named[name]) in held and id(entries.values) not in held:
+        module, attribute = training._places[name][0]
+        dense = module._parameters.get(attribute)  # None where a wrapper took it away
+        if id(dense) in held and id(entries.values) not in held:
             raise ValueError(
                 f"optimizer was made before masked training: it holds {name!r} itself, which is "
                 "frozen now; make the optimizer inside"

@@ -379,8 +379,8 @@ def test_trainer_resumes_from_its_deltas(trainer, tmp_path):
     with sl.masked(whole, selection):
         trainer(whole, callbacks=[save()]).train()
     at = tmp_path / "run" / "checkpoint-2"
-    with sl.masked(other, sl.random(other, 0.1, 0)), refused("selection"):
-        trainer(other, callbacks=[save(at)]).train()
+    with sl.masked(other, some_of_each(other, head=None, seed=3)), refused("selection"):
+        trainer(other, callbacks=[save()]).train(resume_from_checkpoint=str(at))
     with sl.masked(model, sl.load(at / "delta.safetensors").selection(model)):
         trainer(model, callbacks=[save()]).train(resume_from_checkpoint=str(at))
     for name, p in model.named_parameters():

@@ -299,7 +299,7 @@ def test_other_methods_train_an_encoder_decoder(method):
     before = sl.snapshot(model)
     calls = {
         "diff_pruning": lambda: sl.diff_pruning(model, 0.05, lr_w=1e-2, lr=1e-3, epochs=(2, 1)),
-        "sara": lambda: sl.sara(model, budget=0.05, lr=1e-3, epochs=2),
+        "sara": lambda: sl.sara(model, budget=0.05, lam=0.0, lr=1e-3, epochs=2),
         "child_tuning_f": lambda: sl.child_tuning_f(model, lr=1e-3, epochs=2),
         "full_finetuning": lambda: sl.full_finetuning(model, lr=1e-3, epochs=2),
     }

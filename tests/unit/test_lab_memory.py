@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 from selective_lite.lab import memory
@@ -72,6 +73,14 @@ def test_bars_are_as_long_as_the_bytes_and_ticks_stand_where_predicted_parts_end
     np.testing.assert_allclose(ticks, [(41, 1), (42.024, 1), (44.024, 1), (44.524, 1)])
     assert named == [*memory.LOOKS, "predicted"]
     assert (first, upside_down) == ("full", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gates_of_half_precision_weights_are_float32(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)).to(dtype)
+    added = memory.gates(model, "tensor", head=())
+    assert [t.numel() for t in added] == [6, 2, 4, 2] * 2 + [4]
+    assert {t.dtype for t in added} == {max(dtype, torch.float32, key=lambda kind: kind.itemsize)}
 
 
 def test_one_call_prints_the_table_and_draws_with_words(monkeypatch, capsys):

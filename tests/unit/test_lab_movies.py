@@ -29,7 +29,7 @@ def first_phase(started, method, budget):
     config = {**SMALL, "method": method, "budget": budget}
     model, task = copy.deepcopy(started[0]), started[1]
     total = sum(p.numel() for p in weights(model).values())
-    phases = iter(RECIPES[method](model, task, config, 1e-3))
+    phases = RECIPES[method](model, task, config, 1e-3)
     phase = next(phases)
     trained = run.trained(phase, model)
     fixed = run.is_fixed_mask(phase, model)

@@ -86,10 +86,10 @@ def test_the_ground_floor_with_its_layers_has_fewer_than_1400_lines():
     assert sum(counts.values()) < 1400, counts
 
 
-def test_the_ship_has_at_most_600_lines():
+def test_the_ship_has_at_most_1200_lines():
     counts = {str(path): code_lines(text) for path, text in sources("ship/*.py").items()}
     assert "ship/delta.py" in counts
-    assert sum(counts.values()) <= 600, counts
+    assert sum(counts.values()) <= 1200, counts
 
 
 def test_a_method_has_at_most_150_lines():

@@ -1,7 +1,8 @@
 """The movies: the methods on one sentiment task, the runs behind the book's figures.
 
 Every choice is made on the validation split with seed 0; the test split is read once, by a finished
-run. On a GPU there is a larger study too: all four domains, all seeds.
+run. Run this module (part of ``make results``) to run what is missing; on a GPU, all four domains
+with all seeds too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..data.sentiment import DOMAINS, Task, evaluate, load_task
 from ..models import load_classifier
 from . import results
 from .recipes import RECIPES, Config
-from .run import Cell, Study
+from .run import Cell, Study, make
 
 NAME, LARGE = "movies", "domains"
 DATA = {"train": 1000, "validation": 500, "batch": 32, "epochs": 4}
@@ -139,3 +140,8 @@ STUDY = Study(
 ALL_DOMAINS = replace(
     STUDY, name=LARGE, data=tuple({"task": task, **DATA} for task in DOMAINS), seeds=all_seeds
 )
+
+if __name__ == "__main__":
+    make(STUDY)
+    if torch.cuda.is_available():
+        make(ALL_DOMAINS)

@@ -1,7 +1,8 @@
 """The tweets: SmolLM2 tuned as a language model, the runs behind the page on language models.
 
 As with the movies, rates are chosen on the validation split with seed 0, and the test split is read
-once, by a finished run. On a GPU there is a larger study too.
+once, by a finished run. Run this module (part of ``make results``) to run what is missing; on a
+GPU, a larger study too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..models import load_language_model
 from . import results
 from .four_deltas import sha256
 from .recipes import Config, Recipe
-from .run import Cell, Study
+from .run import Cell, Study, make
 
 NAME, LARGE_NAME = "language", "language_large"
 DATA = {
@@ -159,3 +160,8 @@ STUDY = Study(
     cliff=0.0,
 )
 LARGER = replace(STUDY, name=LARGE_NAME, data=(LARGE,))
+
+if __name__ == "__main__":
+    make(STUDY)
+    if torch.cuda.is_available():
+        make(LARGER)
