@@ -41,6 +41,7 @@ from .entries import (
 )
 from .sampled import footprint
 
+OPEN = "_masked_training"  # where a model in masked training holds it
 STAMP = "selection"  # the key of an optimizer's group that says which selection it trains
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 Self = TypeVar("Self", bound="MaskedTraining")
@@ -139,7 +140,7 @@ class MaskedTraining:
         self._checked = weakref.WeakSet[torch.optim.Optimizer]()
         own = weakref.ref(self)
         self._hook = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
-        _OPEN[self.model] = self
+        self.model.__dict__[OPEN] = _Held(self)
 
     @property
     def closed(self) -> bool:
@@ -265,7 +266,7 @@ class MaskedTraining:
         if self.closed:
             return
         self._hook.remove()
-        _OPEN.pop(self.model, None)
+        self.model.__dict__.pop(OPEN, None)
         self._final = self.values(precise=True)
         unmask(self.model)
         for name, parameter in named_parameters(self.model).items():
@@ -288,12 +289,20 @@ class MaskedTraining:
         return found.hexdigest()[:16]
 
 
-_OPEN: weakref.WeakKeyDictionary[nn.Module, MaskedTraining] = weakref.WeakKeyDictionary()
+class _Held:
+    """Keeps an open training as long as its model; a copy of the model has none."""
+
+    def __init__(self, training: MaskedTraining | None = None) -> None:
+        self.training = training
+
+    def __reduce__(self) -> tuple:
+        return _Held, ()
 
 
 def training_of(model: nn.Module) -> MaskedTraining | None:
-    """The masked training that a model is in, None if it is in none."""
-    return _OPEN.get(unwrap(model))
+    """The masked training that a model is in, None if it is in none (or is a copy)."""
+    held = unwrap(model).__dict__.get(OPEN)
+    return held.training if held is not None else None
 
 
 def unmask(model: nn.Module) -> None:

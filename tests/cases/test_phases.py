@@ -1,4 +1,4 @@
-"""Methods of several phases, used as people use them: twice, as lists, on another model, with arguments that are off.
+"""Methods used as people use them: twice, as lists, on another model, with wrong arguments.
 
 cambridgeltl/composable-sft#2 and its kind: what is wrong is said before a step is paid for.
 """
