@@ -43,7 +43,9 @@ def check_loss(loss: Tensor, batch: Batch, where: str) -> None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     why = "; lower the learning rate, or check this batch"
     if torch.is_tensor(labels) and bool((labels == IGNORED).all()):
-        why = f": every label of this batch is {IGNORED} (prompts cut before an answer?); leave it out"
+        why = (
+            f": every label of this batch is {IGNORED} (a prompt without its answer?); leave it out"
+        )
     raise ValueError(f"loss is {loss.item()} {where}{why}")
 
 

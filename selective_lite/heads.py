@@ -11,7 +11,8 @@ from torch import nn
 CHILDREN = ("classifier", "score", "qa_outputs", "classification_head", "ctc_head")
 # Endings of the classes whose output layer is pretrained, also where they do not give it out.
 LANGUAGE = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-Head = str | Sequence[str] | None  # names or prefixes of a head; None finds it
+Names = str | Sequence[str]  # names of parameters, or dotted prefixes of them
+Head = Names | None  # None finds it
 TORCHVISION = ("fc", "classifier", "head", "heads")
 
 

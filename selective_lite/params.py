@@ -7,14 +7,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .heads import Head, find_head
+from .heads import Head, Names, find_head
 from .layers.entries import Entries
 
-Names = str | Sequence[str]  # names of parameters, or dotted prefixes of them
 Budget = int | float
+Parameters = dict[str, nn.Parameter]
 Place = tuple[nn.Module, str]  # where a parameter is registered: a module, and the attribute's name
 # Modules that hold the real one as a child, and put their own word into every name.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -56,7 +55,7 @@ def _registered(
                 yield clean(f"{path}.{attribute}".lstrip(".")), module, attribute, tensor
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(model: nn.Module) -> Parameters:
     """Every unique parameter by its canonical (first) name, in model order.
 
     Wrappers leave no trace in the names, and the compact values of masked training are left out.
@@ -146,9 +145,7 @@ def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def weights(
-    model: nn.Module, head: Head = None, *, with_frozen: bool = False
-) -> dict[str, nn.Parameter]:
+def weights(model: nn.Module, head: Head = None, *, with_frozen: bool = False) -> Parameters:
     """The candidates of a selection: unique floating-point parameters outside the task head.
 
     Parameters
@@ -182,7 +179,7 @@ def weights(
     return free if free and not with_frozen and not in_masked_training(model) else found
 
 
-def head_weights(model: nn.Module, head: Head = None) -> dict[str, nn.Parameter]:
+def head_weights(model: nn.Module, head: Head = None) -> Parameters:
     """The parameters of the task head, ``{name: parameter}``; arguments, errors as `weights`."""
     prefixes, named = _head_prefixes(model, head), named_parameters(model).items()
     return {n: p for n, p in named if is_under(n, prefixes) and _trainable_type(n, p)}
@@ -218,14 +215,13 @@ def resolve_budget(budget: Budget, total: int) -> int:
     kinds = "give a count (int) or a fraction in (0, 1] (float)"
     if isinstance(budget, bool):
         raise TypeError(f"budget={budget} is a bool; {kinds}")
-    fraction = isinstance(budget, float)
-    if fraction and not 0 < budget <= 1:
+    if isinstance(budget, float) and not 0 < budget <= 1:
         raise ValueError(f"budget={budget} is outside (0, 1]; {kinds}")
     try:
-        k = round(budget * total) if fraction else operator.index(budget)
+        k = round(budget * total) if isinstance(budget, float) else operator.index(budget)
     except TypeError:
         raise TypeError(f"budget={budget!r} is not a number; {kinds}") from None
-    if fraction and k == 0:
+    if k == 0 and isinstance(budget, float):
         raise ValueError(f"budget={budget} of {total} weights rounds to none; give a larger one")
     if not 1 <= k <= total:
         raise ValueError(f"budget={k} is outside [1, {total}], the number of candidate weights")
@@ -273,6 +269,12 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Any] = {**named_parameters(model), **named_buffers(model)}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def one_of(argument: str, value: object, allowed: tuple) -> None:
+    """Raise a `ValueError` unless an argument's value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is unknown; choose one of {allowed}")
 
 
 def check_names(given: Iterable[str], known: Collection[str], argument: str) -> None:

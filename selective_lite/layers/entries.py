@@ -206,8 +206,8 @@ def dense_of(module: Any, attribute: str) -> Tensor:
 
 
 def entries_of(module: Any, attribute: str) -> Entries:
-    """The entries of a layer's tensor."""
-    return module._modules[CHILD.format(attribute)]
+    """The entries of a layer's tensor, if it has any."""
+    return module._modules.get(CHILD.format(attribute))
 
 
 def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
