@@ -1,6 +1,7 @@
 """Training a model that is held in bfloat16 or float16.
 
-vllm-project/speculators#765, fla-org/flame#47. Near 1 a bfloat16 has steps of 1/128: an update of 1e-4 is rounded away, a hundred times over.
+vllm-project/speculators#765, fla-org/flame#47. Near 1 a bfloat16 has steps of 1/128: an update of
+1e-4 is rounded away, a hundred times over.
 """
 
 import copy
