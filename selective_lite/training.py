@@ -231,7 +231,7 @@ def fit(
             if {id(p) for p in model.parameters()}.isdisjoint(map(id, called.parameters())):
                 raise ValueError(f"phase {phase.name!r} was made for another model; make it anew")
             groups = _checked_groups(phase, called)
-            with preserve_modes(called):
+            with preserve_modes(called), torch.enable_grad():
                 for record in _steps(phase, groups, called, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
@@ -298,9 +298,11 @@ def _steps(
     for number, batch in enumerate(passes, 1):
         batch, step = to_device(batch, model), Step(number, steps, opt)
         task = loss(model, batch)
+        check_loss(task, batch, f"at step {number} of phase {phase.name!r}")
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
-        check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
+        if phase.penalty:
+            check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
         opt.zero_grad()
         total.backward()
         if phase.before_step:

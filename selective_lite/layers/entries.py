@@ -102,6 +102,14 @@ class Entries(nn.Module):
         self.write(dense)
         return scatter(dense, self.values, self.index)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Entries:
+        """Move as the model does, but stay precise where the model becomes half precision."""
+        before = self.values.data
+        super()._apply(fn, recurse)
+        if self.values.element_size() < 4:
+            self.values.data = before.to(self.values.device)
+        return self
+
     def _save_to_state_dict(self, *_: Any) -> None:
         """Nothing: the layer saves its tensor with the values in it."""
 

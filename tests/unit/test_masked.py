@@ -133,6 +133,17 @@ def test_a_bfloat16_model_trains_in_float32_and_keeps_its_unselected_bits(build,
     assert changed(before, sl.snapshot(model), selection) > 0.5
 
 
+def test_a_model_that_becomes_bfloat16_inside_keeps_training_in_float32(build, batches, pick):
+    model, (batch,) = build("llama"), batches("llama", 1)
+    with sl.masked(model, pick(model)) as training:
+        model.bfloat16()
+        assert {p.dtype for p in training.parameters()} == {torch.float32}
+        optimizer = torch.optim.SGD(training.parameters(), lr=1e-3)
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 class DenseMasked:
     """The naive form, made exact: a dense optimizer on masked gradients, and unselected weights put back each step."""
 
@@ -359,7 +370,9 @@ def test_a_training_lives_as_long_as_its_model_and_a_copy_has_none(build, pick):
     sl.masked(model, pick(model))  # nobody holds it
     training, gone = training_of(model), weakref.ref(model)
     assert not training.closed
-    assert training_of(copy.deepcopy(model)) is training_of(pickle.loads(pickle.dumps(model))) is None
+    assert (
+        training_of(copy.deepcopy(model)) is training_of(pickle.loads(pickle.dumps(model))) is None
+    )
     del model, training
     gc.collect()
     assert gone() is None
