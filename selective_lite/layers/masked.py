@@ -1,4 +1,4 @@
-"""Masked training: only the selected weights move, and no dense gradient is formed that is not needed.
+"""Masked training: only the selected weights move, and no needless dense gradient is formed.
 
 The paper's line is ``P <- P - lr * (grad P * M)``. Zeroing gradients under a dense optimizer leaks
 (weight decay, stale momentum, clipping) and saves no memory. Here the k selected weights of a
@@ -14,38 +14,23 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Embedding, Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..params import (
-    check_names,
-    check_prefixes,
-    head_weights,
-    in_masked_training,
-    is_under,
-    named_buffers,
-    named_parameters,
-    owners,
-    unwrap,
-    weights,
-)
+from .. import params
+from ..heads import Head, Names
 from ..selection import Selection
-from .entries import (
-    Entries,
-    attach_entries,
-    current,
-    dense_of,
-    detach_entries,
-    samples,
-    why_refused,
-)
-from .sampled import footprint
+from .entries import Entries, attach_entries, dense_of, detach_entries, samples, why_refused
+from .sampled import Index, footprint, precise
 
 OPEN = "_masked_training"  # where a model in masked training holds it
 STAMP = "selection"  # the key of an optimizer's group that says which selection it trains
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 Self = TypeVar("Self", bound="MaskedTraining")
-Places = Sequence[tuple[nn.Module, str]]
+Places = Sequence[params.Place]
 
 
 class MaskedTraining:
@@ -96,48 +81,46 @@ class MaskedTraining:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Module,
         selection: Selection,
-        dense: str | Sequence[str] = (),
+        dense: Names = (),
         *,
-        head: Sequence[str] | None = None,
+        head: Head = None,
         shrinks: bool = False,
         sampled: bool = True,
         allow_unused: bool | None = None,
     ) -> None:
-        heads, also = check_selection(model, selection, dense, head, shrinks=shrinks)
-        self.model, self.selection, self.sampled = unwrap(model), selection, sampled
-        self.head_names = heads
-        self.total = sum(p.numel() for p in weights(model, head).values())
+        self.head_names, also = check_selection(model, selection, dense, head, shrinks)
+        self.model, self.selection, self.sampled = params.unwrap(model), selection, sampled
+        self.total = sum(p.numel() for p in params.weights(model, head).values())
         self.allow_unused = _skips(self.model) if allow_unused is None else allow_unused
-        named, self._places = named_parameters(model), owners(model)
+        named, self._places = params.named_parameters(model), params.owners(model)
         self._flags = {name: p.requires_grad for name, p in named.items()}
-        self._trained: dict[str, nn.Parameter] = {}  # by name: compact, master, or as it is
+        self._trained: dict[str, Parameter] = {}  # by name: compact, master, or as it is
         self._entries: dict[str, Entries] = {}
         self._final: dict[str, Tensor] | None = None
-        for parameter in named.values():
-            parameter.grad = None
-            if parameter.requires_grad:  # a quantized tensor cannot be asked to
-                parameter.requires_grad_(False)
-        for name in (*selection.indices, *heads, *also):
-            index = selection.indices.get(name)
-            p, places = named[name], self._places[name]
-            whole = index is None or (len(index) == p.numel() and not shrinks)
-            precise = torch.promote_types(p.dtype, torch.float32) == p.dtype
-            if whole and precise:
+        for p in named.values():
+            p.grad = None
+            if p.requires_grad:  # a quantized tensor cannot be asked to
+                p.requires_grad_(False)
+        for name in (*selection.indices, *self.head_names, *also):
+            index, p, places = selection.indices.get(name), named[name], self._places[name]
+            if index is not None and len(index) == p.numel() and not shrinks:
+                index = None
+            if index is None and precise(p) == p.dtype:
                 p.requires_grad_(True)
                 self._trained[name] = p
                 continue
-            at = None if whole or index is None else index.to(p.device)
+            at = None if index is None else index.to(p.device)
             parts = (None, None) if at is None or shrinks else footprint_of(at, p, places, sampled)
             self._entries[name] = entries = Entries(p, at, *parts)
             self._trained[name] = entries.values
             for module, attribute in places:
                 product = sampled and at is not None and samples(module, attribute)
                 attach_entries(module, attribute, entries, product)
-        self._buffers = {n: b.detach().cpu().clone() for n, b in named_buffers(model).items()}
-        self._start = self._now(precise=False)
-        self._checked = weakref.WeakSet[torch.optim.Optimizer]()
+        self._buffers = list(params.named_buffers(model))
+        self._start = self.values()
+        self._checked = weakref.WeakSet[Optimizer]()
         own = weakref.ref(self)
         self._hook = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
         self.model.__dict__[OPEN] = _Held(self)
@@ -150,23 +133,19 @@ class MaskedTraining:
     @property
     def gathered(self) -> list[str]:
         """Matrices and larger tensors whose selected gradients are gathered from dense ones."""
-        return [
-            name
-            for name, entries in self._entries.items()
-            if entries.index is not None
-            and dense_of(*self._places[name][0]).dim() > 1
-            and gathers(self._places[name], self.sampled)
-        ]
+        partly = [n for n, entries in self._entries.items() if entries.index is not None]
+        matrices = (n for n in partly if dense_of(*self._places[n][0]).dim() > 1)
+        return [n for n in matrices if gathers(self._places[n], self.sampled)]
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Parameter]:
         """What the selection trains: a compact parameter, or a whole tensor, for each tensor."""
         return [self._trained[name] for name in self.selection.indices]
 
-    def dense_parameters(self) -> list[nn.Parameter]:
+    def dense_parameters(self) -> list[Parameter]:
         """What is trained whole: the head, and what `dense` names."""
         return [p for name, p in self._trained.items() if name not in self.selection.indices]
 
-    def head_parameters(self) -> list[nn.Parameter]:
+    def head_parameters(self) -> list[Parameter]:
         """The task head."""
         return [self._trained[name] for name in self.head_names]
 
@@ -175,7 +154,7 @@ class MaskedTraining:
 
         (k,) for a tensor that is selected in part, else its shape; in the model's dtypes.
         """
-        return {**self._start, **self._buffers}
+        return dict(self._start)
 
     def values(self, precise: bool = False) -> dict[str, Tensor]:
         """The same tensors as `start`, as they are now, or were when the training was closed.
@@ -186,38 +165,26 @@ class MaskedTraining:
             Give float32 masters, where there are some, unrounded.
         """
         if self._final is not None:
-            return (
-                self._final
-                if precise
-                else {n: t.to(self._dtypes[n]) for n, t in self._final.items()}
-            )
-        named = named_buffers(self.model)
-        buffers = {n: named[n].detach().cpu().clone() for n in self._buffers if n in named}
-        return {**self._now(precise), **buffers}
+            own = {n: t.to(self._start[n].dtype) for n, t in self._final.items()}
+            return self._final if precise else own
+        named = params.named_buffers(self.model)
+        found: dict[str, Tensor] = {n: self._value(n, precise) for n in self._trained}
+        found |= {name: named[name] for name in self._buffers if name in named}
+        return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
-    @cached_property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        dtypes = {name: dense_of(*self._places[name][0]).dtype for name in self._trained}
-        return {**dtypes, **{name: b.dtype for name, b in self._buffers.items()}}
-
-    def _now(self, precise: bool) -> dict[str, Tensor]:
-        found = {}
-        for name, p in self._trained.items():
-            index = self.selection.indices.get(name)
-            entries = self._entries.get(name)
-            if entries is not None and not (precise and len(p.reshape(-1)) == self._size(name)):
-                dense, _ = current(*self._places[name][0])
-                flat = dense.detach().reshape(-1)
-                p = dense if entries.index is None else flat[index.to(flat.device)]  # type: ignore
-            found[name] = p.detach().cpu().clone()
-        return found
-
-    def _size(self, name: str) -> int:
-        """How many values a tensor's entries had at the start; `shrink` drops some."""
+    def _value(self, name: str, precise: bool) -> Tensor:
+        p, entries = self._trained[name], self._entries.get(name)
         index = self.selection.indices.get(name)
-        return dense_of(*self._places[name][0]).numel() if index is None else len(index)
+        dense = dense_of(*self._places[name][0])
+        size = dense.numel() if index is None else len(index)
+        if entries is None or (precise and p.numel() == size):  # `shrink` drops some
+            return p
+        entries.write(dense)
+        if index is None or entries.index is None:
+            return dense
+        return dense.reshape(-1)[index.to(dense.device)]
 
-    def shrink(self, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def shrink(self, keep: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Stop training a part of the selection: dropped entries stay as they are.
 
         Parameters
@@ -235,20 +202,15 @@ class MaskedTraining:
         """
         for name, kept in keep.items():
             if name not in self._entries or self._entries[name].index is None:
-                raise ValueError(
-                    f"keep names {name!r}, which has no compact parameter; give "
-                    "masked(..., shrinks=True)"
-                )
-            expected = tuple(self._trained[name].shape)
-            if kept.dtype != torch.bool or kept.shape != expected:
-                raise ValueError(
-                    f"keep[{name!r}] is {kept.dtype} of shape {tuple(kept.shape)}, not bool of "
-                    f"{expected}"
-                )
+                lack = f"keep names {name!r}, which has no compact parameter"
+                raise ValueError(f"{lack}; give masked(..., shrinks=True)")
+            found, own = tuple(kept.shape), tuple(self._trained[name].shape)
+            if kept.dtype != torch.bool or found != own:
+                what = f"keep[{name!r}] is {kept.dtype} of shape {found}"
+                raise ValueError(f"{what}, not bool of {own}")
         for name, kept in keep.items():
             entries, values = self._entries[name], self._trained[name]
-            for module, attribute in self._places[name]:
-                current(module, attribute)
+            entries.write(dense_of(*self._places[name][0]))
             for key, state in optimizer.state.get(values, {}).items():
                 if torch.is_tensor(state) and state.shape == values.shape:
                     optimizer.state[values][key] = state[kept]
@@ -269,9 +231,9 @@ class MaskedTraining:
         self.model.__dict__.pop(OPEN, None)
         self._final = self.values(precise=True)
         unmask(self.model)
-        for name, parameter in named_parameters(self.model).items():
-            if name in self._flags and parameter.requires_grad != self._flags[name]:
-                parameter.requires_grad_(self._flags[name])
+        for name, p in params.named_parameters(self.model).items():
+            if name in self._flags and p.requires_grad != self._flags[name]:
+                p.requires_grad_(self._flags[name])
 
     def __enter__(self: Self) -> Self:
         return self
@@ -284,8 +246,7 @@ class MaskedTraining:
         """A fingerprint of the selection, which optimizers carry in their state."""
         found = hashlib.sha256()
         for name, index in self.selection.indices.items():
-            found.update(f"{name}\n".encode())
-            found.update(index.numpy().tobytes())
+            found.update(f"{name}\n".encode() + index.numpy().tobytes())
         return found.hexdigest()[:16]
 
 
@@ -299,94 +260,77 @@ class _Held:
         return _Held, ()
 
 
-def training_of(model: nn.Module) -> MaskedTraining | None:
+def training_of(model: Module) -> MaskedTraining | None:
     """The masked training that a model is in, None if it is in none (or is a copy)."""
-    held = unwrap(model).__dict__.get(OPEN)
+    held = params.unwrap(model).__dict__.get(OPEN)
     return held.training if held is not None else None
 
 
-def unmask(model: nn.Module) -> None:
+def unmask(model: Module) -> None:
     """Write all compact values into the weights and restore every layer's class.
 
     For copies of a model that were made inside masked training; `MaskedTraining.close` calls it.
     """
-    for module in unwrap(model).modules():
+    for module in params.unwrap(model).modules():
         detach_entries(module)
 
 
 def check_selection(
-    model: nn.Module,
-    selection: Selection,
-    dense: str | Sequence[str] = (),
-    head: Sequence[str] | None = None,
-    *,
-    shrinks: bool = False,
+    model: Module, selection: Selection, dense: Names = (), head: Head = None, shrinks: bool = False
 ) -> tuple[list[str], list[str]]:
     """Raise as `MaskedTraining` would; else give the names of the head and of the dense tensors."""
-    if in_masked_training(model):
+    if params.in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "model is wrapped in DistributedDataParallel, which has taken note of the parameters "
             "that it had; wrap it inside masked training"
         )
-    named, places = named_parameters(model), owners(model)
-    check_names(selection.indices, named, "selection")
-    prefixes = check_prefixes(dense, named, "dense")
-    also = [name for name in named if is_under(name, prefixes)]
-    heads = [name for name in head_weights(model, head) if name not in also]
+    named, places, indices = params.named_parameters(model), params.owners(model), selection.indices
+    params.check_names(indices, named, "selection")
+    also = params.names_under(dense, named, "dense")
+    heads = [name for name in params.head_weights(model, head) if name not in also]
     if head is None:  # found, not asked for: a selection may take a part of it
-        heads = [name for name in heads if name not in selection.indices]
+        heads = [name for name in heads if name not in indices]
     for argument, names in (("dense", also), ("head", heads)):
-        if both := [name for name in names if name in selection.indices]:
+        if both := [name for name in names if name in indices]:
             raise ValueError(f"{argument} and selection both name {both[0]!r}; train it one way")
-    refused = dict[str, str]()
-    for name, index in selection.indices.items():
-        p, shape = named[name], tuple(selection.shapes[name])
-        if tuple(p.shape) != shape:
-            raise ValueError(
-                f"selection[{name!r}] is for shape {shape}, the model has {tuple(p.shape)}"
-            )
-        partly = shrinks or len(index) < p.numel() or p.element_size() < 4
-        if partly and (reason := _why_refused(places[name])):
-            refused[name] = reason
-    if refused:
-        _refuse("selection", refused)
-    for name in (*selection.indices, *also, *heads):
+    partly = dict[str, Places]()
+    for name, index in indices.items():
+        p, shape, own = named[name], tuple(selection.shapes[name]), tuple(named[name].shape)
+        if own != shape:
+            raise ValueError(f"selection[{name!r}] is for shape {shape}, the model has {own}")
+        if shrinks or len(index) < p.numel() or p.element_size() < 4:
+            partly[name] = places[name]
+    _check_places("selection", partly)
+    for name in (*indices, *also, *heads):
         if named[name].is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device, which holds no values (offloaded?); load the "
-                "whole model first"
-            )
+            why = "is on the meta device, which holds no values (offloaded?)"
+            raise ValueError(f"{name!r} {why}; load the whole model first")
         if not named[name].is_floating_point():
             raise ValueError(f"{name!r} is {named[name].dtype}; only floating-point tensors train")
     return heads, also
 
 
-def check_candidates(
-    model: nn.Module, head: Sequence[str] | None = None, exclude: str | Sequence[str] = ()
-) -> None:
+def check_candidates(model: Module, head: Head = None, exclude: Names = ()) -> None:
     """Raise a `ValueError` that names every candidate that cannot be selected in part.
 
     Methods call it before they score. Arguments as in `weights` and `scores.exclude`.
     """
-    places, candidates = owners(model), weights(model, head)
-    prefixes = check_prefixes(exclude, candidates, "exclude")
-    reasons = {n: _why_refused(places[n]) for n in candidates if not is_under(n, prefixes)}
-    if refused := {name: reason for name, reason in reasons.items() if reason}:
-        _refuse("model", refused)
+    places, candidates = params.owners(model), params.weights(model, head)
+    excluded = params.names_under(exclude, candidates, "exclude")
+    _check_places("model", {name: places[name] for name in candidates if name not in excluded})
 
 
-def _why_refused(places: Places) -> str | None:
-    return next((reason for place in places if (reason := why_refused(*place))), None)
-
-
-def _refuse(argument: str, refused: Mapping[str, str]) -> None:
-    lines = "; ".join(f"{name!r} {reason}" for name, reason in refused.items())
-    raise ValueError(
-        f"{argument} holds {len(refused)} tensor(s) that cannot be selected in part: {lines}. "
-        f"Exclude them: exclude={tuple(refused)}, or sl.exclude(scores, {tuple(refused)})"
-    )
+def _check_places(argument: str, places: Mapping[str, Places]) -> None:
+    every = {n: [why for at in places[n] if (why := why_refused(*at))] for n in places}
+    refused = {name: reasons[0] for name, reasons in every.items() if reasons}
+    if refused:
+        lines = "; ".join(f"{name!r} {reason}" for name, reason in refused.items())
+        raise ValueError(
+            f"{argument} holds {len(refused)} tensor(s) that cannot be selected in part: {lines}. "
+            f"Exclude them: exclude={tuple(refused)}, or sl.exclude(scores, {tuple(refused)})"
+        )
 
 
 def gathers(places: Places, sampled: bool = True) -> bool:
@@ -396,36 +340,33 @@ def gathers(places: Places, sampled: bool = True) -> bool:
 
 def footprint_of(
     index: Tensor, parameter: Tensor, places: Places, sampled: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Index, Index]:
     """Footprint of the positions, or (None, None) unless one of its layers samples a product."""
-    product = any(samples(*at) and not isinstance(at[0], nn.Embedding) for at in places)
+    product = any(samples(*at) and not isinstance(at[0], Embedding) for at in places)
     wanted = sampled and product and parameter.dim() == 2
     return footprint(index, *parameter.shape) if wanted else (None, None)
 
 
-def _skips(model: nn.Module) -> bool:
+def _skips(model: Module) -> bool:
     """Whether a model may leave layers out of a step: LayerDrop, experts that no token chose."""
-    config = getattr(model, "config", None)
-    named = {**vars(config), **getattr(config, "__dict__", {})} if config is not None else {}
-    if any("layerdrop" in key and value for key, value in named.items()):
-        return True
-    experts = (m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts")
-    return any(len(list(m.children())) > 1 for m in experts) or any(
-        getattr(module, "layerdrop", 0) for module in model.modules()
+    options = getattr(getattr(model, "config", None), "__dict__", {})
+    experts = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    return (
+        any("layerdrop" in key and value for key, value in options.items())
+        or any(len(list(module.children())) > 1 for module in experts)
+        or any(getattr(module, "layerdrop", 0) for module in model.modules())
     )
 
 
-def _check_step(training: MaskedTraining | None, optimizer: torch.optim.Optimizer) -> None:
+def _check_step(training: MaskedTraining | None, optimizer: Optimizer) -> None:
     """Before every optimizer's step, while a training is open: raise unless it can train that."""
     if training is None or training.closed:
         return
-    ours = {id(p): name for name, p in training._trained.items()}
+    ours = {id(p) for p in training._trained.values()}
     groups = [g for g in optimizer.param_groups if any(id(p) in ours for p in g["params"])]
     if optimizer not in training._checked:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        _check_made_inside(training, held)
+        _check_first_step(training, {id(p) for g in optimizer.param_groups for p in g["params"]})
         if groups:
-            _check_gradients(training, held)
             training._checked.add(optimizer)
     for group in groups:
         stamp = group.setdefault(STAMP, training.stamp)
@@ -442,22 +383,17 @@ def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
     return any(moment.shape != p.shape for moment in moments)
 
 
-def _check_made_inside(training: MaskedTraining, held: set[int]) -> None:
+def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
+    """Raise if the optimizer that holds these was made too early, or a gradient is missing."""
+    trained = training._trained
     for name, entries in training._entries.items():
         module, attribute = training._places[name][0]
         dense = module._parameters.get(attribute)  # None where a wrapper took it away
         if id(dense) in held and id(entries.values) not in held:
-            raise ValueError(
-                f"optimizer was made before masked training: it holds {name!r} itself, which is "
-                "frozen now; make the optimizer inside"
-            )
-
-
-def _check_gradients(training: MaskedTraining, held: set[int]) -> None:
-    trained = training._trained
-    without = [
-        n for n in training.selection.indices if id(trained[n]) in held and trained[n].grad is None
-    ]
+            what = f"it holds {name!r} itself, which is frozen now; make the optimizer inside"
+            raise ValueError(f"optimizer was made before masked training: {what}")
+    ours = [name for name in training.selection.indices if id(trained[name]) in held]
+    without = [name for name in ours if trained[name].grad is None]
     if without and not training.allow_unused:
         raise ValueError(
             f"{len(without)} selected tensor(s) got no gradient, {', '.join(map(repr, without))}: "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Index = Tensor | None  # positions or features, int64; None for all of them
 BLOCK = 128  # tokens transposed together
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
