@@ -1,1 +1,1 @@
-"""Layers: the one way to change a layer, attached and detached: selected entries, sampled products, small modules."""
+"""Layers: the one way to change a layer, for selected entries and for small modules."""

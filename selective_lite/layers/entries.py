@@ -174,7 +174,7 @@ def is_conv1d(cls: type) -> bool:
 
 
 def product_of(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class whose forward samples the gradient of a layer's ``weight``, None if there is none."""
+    """The class whose forward samples the gradient of a layer's ``weight``, or None."""
     cls = next(c for c in cls.__mro__ if Attached not in c.__mro__)
     if issubclass(cls, nn.Linear):
         return LinearProduct
@@ -295,7 +295,7 @@ def attach_entries(module: nn.Module, attribute: str, entries: Entries, sampled:
 
 
 def detach_entries(module: nn.Module) -> None:
-    """Write every value of a layer's entries into its tensors, and give the layer back its class."""
+    """Write the values of a layer's entries into its tensors, and restore its class."""
     if isinstance(module, Selected):
         for attribute in type(module).attributes:
             current(module, attribute)
