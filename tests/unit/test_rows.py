@@ -20,7 +20,8 @@ def test_there_are_rows():
 @pytest.mark.parametrize("name", FILES)
 def test_no_row_is_stale(name):
     old = [row["config"] for row in stale(results.read(name))]
-    assert not old, f"its code has changed; run `make restamp`, then `make results`: {old}"
+    remedy = "`make restamp`, then `make results`" if name in OF_STUDIES else "`make benchmarks`"
+    assert not old, f"its code has changed; run {remedy}: {old}"
 
 
 @pytest.mark.parametrize("name", FILES)
