@@ -105,7 +105,8 @@ class MaskedTraining:
             if index is not None and len(index) == p.numel() and not shrinks:
                 index = None
             if index is None and precise(p) == p.dtype:
-                self._trained[name] = p.requires_grad_(True)
+                p.requires_grad_(True)
+                self._trained[name] = p
                 continue
             at = None if index is None else index.to(p.device)
             parts = (None, None) if at is None or shrinks else footprint_of(at, p, places, sampled)
@@ -162,17 +163,14 @@ class MaskedTraining:
         return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
     def _value(self, name: str, precise: bool) -> Tensor:
-        p, entries, index = (
-            self._trained[name],
-            self._entries.get(name),
-            self.selection.indices.get(name),
-        )
-        dense = dense_of(*self._places[name][0])
+        p, entries = self._trained[name], self._entries.get(name)
+        index, dense = self.selection.indices.get(name), dense_of(*self._places[name][0])
         size = dense.numel() if index is None else len(index)
         if entries is None or (precise and p.numel() == size):  # `shrink` drops some
             return p
         entries.write(dense)
-        return dense if entries.index is None else dense.reshape(-1)[index.to(dense.device)]
+        at = None if entries.index is None or index is None else index.to(dense.device)
+        return dense if at is None else dense.reshape(-1)[at]
 
     def shrink(self, keep: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Stop training a part of the selection: dropped entries stay as they are.
@@ -266,9 +264,9 @@ def check_selection(
     named, places, indices = params.named_parameters(model), params.owners(model), selection.indices
     params.check_names(indices, named, "selection")
     also = params.names_under(dense, named, "dense")
-    heads = [name for name in params.head_weights(model, head) if name not in also]
-    if head is None:  # found, not asked for: a selection may take a part of it
-        heads = [name for name in heads if name not in indices]
+    # A head that is found, not asked for: a selection may take a part of it.
+    taken = also if head is not None else {*also, *indices}
+    heads = [name for name in params.head_weights(model, head) if name not in taken]
     for argument, names in (("dense", also), ("head", heads)):
         if both := [name for name in names if name in indices]:
             raise ValueError(f"{argument} and selection both name {both[0]!r}; train it one way")
@@ -310,9 +308,9 @@ def _check_places(argument: str, places: Mapping[str, Places]) -> None:
         )
 
 
-def gathers(places: Places, sampled: bool = True) -> bool:
+def gathers(places: Places) -> bool:
     """Whether a tensor's selected gradients come from a dense one, at one of its places."""
-    return not (sampled and all(samples(*place) for place in places))
+    return not all(samples(*place) for place in places)
 
 
 def footprint_of(
