@@ -31,6 +31,14 @@ def _new(base: type[nn.Module], make: Callable[..., type], arguments: tuple) -> 
     return cls.__new__(cls)
 
 
+def stand_in(
+    cls: type[nn.Module], bases: tuple[type, ...], made_by: tuple, members: dict[str, Any]
+) -> Any:
+    """A subclass that stands in for `cls`; the name stays, for `save_pretrained` looks at it."""
+    kept = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, bases, {**kept, "base": cls, "made_by": made_by, **members})
+
+
 def attach(layer: nn.Module, make: Callable[..., type], *arguments: Any) -> None:
     """Give a layer the class ``make(its class, *arguments)``, a subclass with `Attached` in it."""
     layer.__class__ = make(type(layer), *arguments)

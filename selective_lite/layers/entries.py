@@ -15,15 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .attach import Attached, attach, detach
-from .sampled import embedding, linear, scatter
+from .attach import Attached, attach, detach, stand_in
+from .sampled import Index, Operands, embedding, linear, precise, scatter
 
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
 EXPORTED = "leave masked training before the model is exported, traced or scripted"
-REPLACED = (
-    "cannot be replaced inside masked training, as nn.DataParallel and FSDP do; use "
-    "DistributedDataParallel"
-)
+REPLACED = "cannot be replaced in masked training, as FSDP does; use DistributedDataParallel"
 
 
 class Entries(nn.Module):
@@ -45,21 +42,15 @@ class Entries(nn.Module):
         (k,), or the tensor's shape if `index` is None; float32, or float64 for a float64 tensor.
     """
 
-    index: Tensor | None
-    rows: Tensor | None
-    columns: Tensor | None
+    index: Index
 
     def __init__(
-        self,
-        dense: Tensor,
-        index: Tensor | None,
-        rows: Tensor | None = None,
-        columns: Tensor | None = None,
+        self, dense: Tensor, index: Index, rows: Index = None, columns: Index = None
     ) -> None:
         super().__init__()
         own = dense.detach()
         chosen = own.clone() if index is None else own.reshape(-1)[index]
-        self.values = nn.Parameter(chosen.to(torch.promote_types(own.dtype, torch.float32)))
+        self.values = nn.Parameter(chosen.to(precise(own)))
         for name, buffer in (("index", index), ("rows", rows), ("columns", columns)):
             self.register_buffer(name, buffer, persistent=False)
         self.__dict__["leaf"] = self.values  # what optimizers train; not registered twice
@@ -96,10 +87,9 @@ class Entries(nn.Module):
 
     def read(self, dense: Tensor) -> Tensor:
         """The tensor as it is trained now; its gradient goes to the values."""
-        if self.index is None:
-            self.write(dense)
-            return self.values.to(dense.dtype)
         self.write(dense)
+        if self.index is None:
+            return self.values.to(dense.dtype)
         return scatter(dense, self.values, self.index)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Entries:
@@ -146,7 +136,7 @@ class LinearProduct(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As of `nn.Linear`."""
-        return linear(input, *product_operands(self), self.bias)
+        return linear(input, product_operands(self), self.bias)
 
 
 class EmbeddingRows(nn.Embedding):
@@ -165,7 +155,7 @@ class Conv1DProduct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As of ``Conv1D``."""
-        return linear(x, *product_operands(self), self.bias, True)
+        return linear(x, product_operands(self), self.bias, True)
 
 
 def is_conv1d(cls: type) -> bool:
@@ -190,22 +180,16 @@ def samples(module: nn.Module, attribute: str) -> bool:
     is theirs, or calls it.
     """
     product = product_of(type(module)) if attribute == "weight" else None
-    if product is None or getattr(module, "sparse", False) or scales(module):
+    # An embedding that scales divides its gradient by how often a row is looked up.
+    other = any(getattr(module, option, False) for option in ("sparse", "scale_grad_by_freq"))
+    if product is None or other or "forward" in vars(module):
         return False
     plain = (nn.Linear.forward, nn.Embedding.forward, LinearProduct.forward, EmbeddingRows.forward)
-    classes = [
-        c for c in type(module).__mro__ if "forward" in vars(c) and Attached not in c.__mro__
-    ]
-    own = vars(classes[0])["forward"]
+    classes = (c for c in type(module).__mro__ if Attached not in c.__mro__)
+    first = next(c for c in classes if "forward" in vars(c))
+    own = vars(first)["forward"]
     calls = getattr(getattr(own, "__code__", None), "co_names", ())
-    return "forward" not in vars(module) and (
-        own in plain or is_conv1d(classes[0]) or "super" in calls
-    )
-
-
-def scales(module: nn.Module) -> bool:
-    """Whether an embedding divides its gradient by how often a row is looked up."""
-    return bool(getattr(module, "scale_grad_by_freq", False))
+    return own in plain or is_conv1d(first) or "super" in calls
 
 
 def dense_of(module: Any, attribute: str) -> Tensor:
@@ -225,7 +209,7 @@ def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
     return dense, entries
 
 
-def product_operands(module: Any) -> tuple[Tensor, Tensor, Any, Any, Any]:
+def product_operands(module: Any) -> Operands:
     """What `sampled.linear` takes between the input and the bias."""
     dense, own = current(module, "weight")
     return dense, own.values, own.index, own.rows, own.columns
@@ -246,9 +230,7 @@ def _flat_weights(module: Any) -> list[Tensor | None]:
 
 
 @cache
-def selected_class(
-    cls: type[nn.Module], attributes: tuple[str, ...], sampled: bool
-) -> type[nn.Module]:
+def selected_class(cls: type[nn.Module], attributes: tuple[str, ...], sampled: bool) -> Any:
     """A subclass of `cls` that reads these tensors through their entries.
 
     Parameters
@@ -271,16 +253,8 @@ def selected_class(
         bases = (Selected, product) if cls in product.__bases__ else (Selected, cls, product)
     if issubclass(cls, nn.RNNBase):  # its forward reads a list of its weights
         members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
-    members |= {
-        "base": cls,
-        "made_by": (selected_class, (attributes, sampled)),
-        "attributes": attributes,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    # The name stays: save_pretrained and others look at it.
-    return type(cls.__name__, bases, members)
+    members["attributes"] = attributes
+    return stand_in(cls, bases, (selected_class, (attributes, sampled)), members)
 
 
 def attach_entries(module: nn.Module, attribute: str, entries: Entries, sampled: bool) -> None:
@@ -305,9 +279,8 @@ def detach_entries(module: nn.Module) -> None:
 
 def why_refused(module: nn.Module, attribute: str) -> str | None:
     """Why a layer's tensor cannot be selected in part, in words after its name; None if it can."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and not isinstance(
-        module, ParametrizationList
-    ):
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    if isinstance(module, containers) and not isinstance(module, ParametrizationList):
         return f"belongs to a {type(module).__name__} itself, whose children are what it runs"
     if isinstance(module, torch.jit.ScriptModule):
         return "belongs to a scripted module, whose code is fixed"

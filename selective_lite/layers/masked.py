@@ -174,15 +174,13 @@ class MaskedTraining:
 
     def _value(self, name: str, precise: bool) -> Tensor:
         p, entries = self._trained[name], self._entries.get(name)
-        index = self.selection.indices.get(name)
-        dense = dense_of(*self._places[name][0])
+        index, dense = self.selection.indices.get(name), dense_of(*self._places[name][0])
         size = dense.numel() if index is None else len(index)
         if entries is None or (precise and p.numel() == size):  # `shrink` drops some
             return p
         entries.write(dense)
-        if index is None or entries.index is None:
-            return dense
-        return dense.reshape(-1)[index.to(dense.device)]
+        at = None if entries.index is None or index is None else index.to(dense.device)
+        return dense if at is None else dense.reshape(-1)[at]
 
     def shrink(self, keep: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Stop training a part of the selection: dropped entries stay as they are.
@@ -289,9 +287,9 @@ def check_selection(
     named, places, indices = params.named_parameters(model), params.owners(model), selection.indices
     params.check_names(indices, named, "selection")
     also = params.names_under(dense, named, "dense")
-    heads = [name for name in params.head_weights(model, head) if name not in also]
-    if head is None:  # found, not asked for: a selection may take a part of it
-        heads = [name for name in heads if name not in indices]
+    # A head that is found, not asked for: a selection may take a part of it.
+    taken = also if head is not None else {*also, *indices}
+    heads = [name for name in params.head_weights(model, head) if name not in taken]
     for argument, names in (("dense", also), ("head", heads)):
         if both := [name for name in names if name in indices]:
             raise ValueError(f"{argument} and selection both name {both[0]!r}; train it one way")
@@ -333,9 +331,9 @@ def _check_places(argument: str, places: Mapping[str, Places]) -> None:
         )
 
 
-def gathers(places: Places, sampled: bool = True) -> bool:
+def gathers(places: Places) -> bool:
     """Whether a tensor's selected gradients come from a dense one, at one of its places."""
-    return not (sampled and all(samples(*place) for place in places))
+    return not all(samples(*place) for place in places)
 
 
 def footprint_of(

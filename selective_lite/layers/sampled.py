@@ -1,4 +1,4 @@
-"""Sampled gradients: layers whose weight gradient is computed at the selected positions only, never as a whole.
+"""Sampled gradients: a layer's weight gradient at the selected positions only, never as a whole.
 
 A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the
 outgoing gradient and a column of the input. Most of the time goes into making those columns
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Index = Tensor | None  # positions or features, int64; None for all of them
+Operands = tuple[Tensor, Tensor, Index, Index, Index]  # weight, values, index, rows, columns
 BLOCK = 128  # tokens transposed together
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
@@ -56,10 +57,8 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b (Conv1D: y = x W + b) with the gradient of W at its selected positions only."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None,
-        columns: Tensor | None, bias: Tensor | None, transposed: bool,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, *operands: Any) -> Tensor:
+        weight, values, index, rows, columns, bias, transposed = operands
         y = functional.linear(x, weight.t() if transposed else weight, bias)
         ctx.transposed, ctx.has_bias, ctx.x_dtype = transposed, bias is not None, x.dtype
         # Keep only what the gradient will read of the input; under autocast in the compute dtype,
@@ -94,15 +93,10 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        ids: Tensor,
-        weight: Tensor,
-        values: Tensor,
-        index: Tensor,
-        padding_idx: int | None,
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Tensor, padding: int | None
     ) -> Tensor:
         ctx.save_for_backward(ids, values, index)
-        ctx.width, ctx.padding_idx = weight.shape[1], padding_idx
+        ctx.width, ctx.padding = weight.shape[1], padding
         return functional.embedding(ids, weight)
 
     @staticmethod
@@ -110,29 +104,21 @@ class _Embedding(torch.autograd.Function):
         _refuse_second_derivatives()
         ids, values, index = ctx.saved_tensors
         rows = rows_operation if torch.compiler.is_compiling() else sampled_rows
-        return (
-            None,
-            None,
-            rows(grad, ids, index, ctx.width, ctx.padding_idx).to(values.dtype),
-            None,
-            None,
-        )
+        found = rows(grad, ids, index, ctx.width, ctx.padding)
+        return None, None, found.to(values.dtype), None, None
 
 
 scatter = _Scatter.apply  # (dense, values, index)
 
 
-def linear(
-    x: Tensor, weight: Tensor, values: Tensor, index: Tensor, rows: Tensor | None,
-    columns: Tensor | None, bias: Tensor | None, transposed: bool = False,
-) -> Tensor:  # fmt: skip
+def linear(x: Tensor, operands: Operands, bias: Index, transposed: bool = False) -> Tensor:
     """A linear layer whose weight gradient is sampled.
 
     The function sees (T, D): what it gives back is no view, so that an operation behind the layer
     may work in place, as it may behind `nn.Linear`.
     """
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(flat, weight, values, index, rows, columns, bias, transposed)
+    y = _Linear.apply(flat, *operands, bias, transposed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -140,23 +126,17 @@ embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
 
 
 def sampled_product(
-    left: Tensor,
-    right: Tensor,
-    index: Tensor,
-    height: int,
-    width: int,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    left: Tensor, right: Tensor, index: Tensor, height: int, width: int, rows: Index, columns: Index
 ) -> Tensor:
-    """Entries of a product over tokens, ``left.T @ right``, at sorted flat row-major positions, without the others.
+    """Entries of a product over tokens, ``left.T @ right``, and not the others.
 
     Parameters
     ----------
     left, right
         (T, height) and (T, width), floating point; half precision is summed in float32. What
-        `gather` gives of them where `rows` or `columns` are given.
+        `columns_as_rows` gives of them where `rows` or `columns` are given.
     index
-        Positions in (height, width), int64, strictly increasing, on the same device.
+        Flat row-major positions in (height, width), int64, strictly increasing, on the same device.
     height, width
         Of the product.
     rows, columns
@@ -167,33 +147,29 @@ def sampled_product(
     Tensor
         One value a position, float32, or float64 for float64 operands.
     """
-    precise = torch.promote_types(left.dtype, torch.float32)
-    left, right = left.to(precise), right.to(precise)
+    left, right = left.to(precise(left)), right.to(precise(right))
     if rows is not None and columns is not None and (len(rows) == height or len(columns) == width):
         return (left @ right.t()).flatten()
     row, column = index.div(width, rounding_mode="floor"), index % width
     left, row = (by_feature(left), row) if rows is None else (left, torch.searchsorted(rows, row))
-    right, column = (
-        (by_feature(right), column)
-        if columns is None
-        else (right, torch.searchsorted(columns, column))
-    )
+    if columns is None:
+        right = by_feature(right)
+    else:
+        column = torch.searchsorted(columns, column)
     if left.device.type not in ("cpu", "cuda"):  # sampled_addmm has no kernel there
         pairs = zip(row.split(4096), column.split(4096), strict=True)
         return torch.cat([(left[r] * right[c]).sum(1) for r, c in pairs])
     _silence_sparse_warning()
     starts = torch.searchsorted(row, torch.arange(len(left) + 1, device=index.device))
-    zeros = torch.zeros(len(index), dtype=precise, device=index.device)
-    pattern = torch.sparse_csr_tensor(
-        starts, column, zeros, (len(left), len(right)), check_invariants=False
-    )
+    zeros, shape = left.new_zeros(len(index)), (len(left), len(right))
+    pattern = torch.sparse_csr_tensor(starts, column, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
 
 
 def sampled_rows(
     grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None
 ) -> Tensor:
-    """Entries of an embedding table's gradient at sorted flat row-major positions, out of the rows looked up.
+    """Entries of an embedding table's gradient, out of the gradient of the rows looked up.
 
     Parameters
     ----------
@@ -203,7 +179,7 @@ def sampled_rows(
     ids
         Which rows were looked up, (...), integers.
     index
-        Positions in the table, int64, strictly increasing.
+        Flat row-major positions in the table, int64, strictly increasing.
     width
         Of the table.
     padding_idx
@@ -214,7 +190,7 @@ def sampled_rows(
     Tensor
         One value a position, float32, or float64 for a float64 `grad`.
     """
-    grad = grad.reshape(-1, width).to(torch.promote_types(grad.dtype, torch.float32))
+    grad = grad.reshape(-1, width).to(precise(grad))
     if ids.numel() == 0:
         return grad.new_zeros(len(index))
     seen, slot = ids.reshape(-1).unique(return_inverse=True)
@@ -226,52 +202,41 @@ def sampled_rows(
     return rows[place, index % width] * (seen[place] == row)
 
 
-# While compiling, operations of their own, with schemas and shapes: torch.compile takes each as one
-# node, and finds no break inside. A step that is not compiled calls the functions.
-product_operation = torch.library.custom_op(
-    "selective_lite::sampled_product",
+def _operation(function: Any, schema: str) -> Any:
+    """An operation of our own, with a schema and a shape, for one of the two functions above."""
+    name = f"selective_lite::{function.__name__}"
+    operation = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+
+    def fake(first: Tensor, second: Tensor, index: Tensor, *_: Any) -> Tensor:
+        return first.new_empty(len(index), dtype=precise(first))
+
+    operation.register_fake(fake)
+    return operation
+
+
+# While compiling: torch.compile takes each as one node, and finds no break inside. A step that is
+# not compiled calls the functions.
+product_operation = _operation(
     sampled_product,
-    mutates_args=(),
-    schema="(Tensor left, Tensor right, Tensor index, int height, int width, Tensor? rows, Tensor? columns) -> Tensor",
+    "(Tensor left, Tensor right, Tensor index, int height, int width, Tensor? rows, "
+    "Tensor? columns) -> Tensor",
 )
-rows_operation = torch.library.custom_op(
-    "selective_lite::sampled_rows",
-    sampled_rows,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor ids, Tensor index, int width, int? padding_idx) -> Tensor",
+rows_operation = _operation(
+    sampled_rows, "(Tensor grad, Tensor ids, Tensor index, int width, int? padding_idx) -> Tensor"
 )
 
 
-@product_operation.register_fake
-def _(
-    left: Tensor,
-    right: Tensor,
-    index: Tensor,
-    height: int,
-    width: int,
-    rows: Tensor | None,
-    columns: Tensor | None,
-) -> Tensor:
-    return left.new_empty(len(index), dtype=torch.promote_types(left.dtype, torch.float32))
+def footprint(index: Tensor, height: int, width: int) -> tuple[Index, Index]:
+    """The rows and the columns of a matrix that sorted positions lie in.
 
-
-@rows_operation.register_fake
-def _(grad: Tensor, ids: Tensor, index: Tensor, width: int, padding_idx: int | None) -> Tensor:
-    return grad.new_empty(len(index), dtype=torch.promote_types(grad.dtype, torch.float32))
-
-
-def footprint(index: Tensor, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
-    """The rows and the columns of a matrix that sorted positions lie in; None where they are too many to be gathered.
-
-    Both, whatever their number, if the positions are all of some rows or of some columns (neurons,
-    attention heads): then dense slices are multiplied.
+    None where they are too many to be gathered. Both, whatever their number, if the positions are
+    all of some rows or of some columns (neurons, attention heads): then dense slices are multiplied.
     """
     rows, columns = index.div(width, rounding_mode="floor").unique(), (index % width).unique()
     if len(index) == len(rows) * len(columns) and (len(rows) == height or len(columns) == width):
         return rows, columns
-    return rows if len(rows) < GATHER_BELOW * height else None, columns if len(
-        columns
-    ) < GATHER_BELOW * width else None
+    few_rows, few = len(rows) < GATHER_BELOW * height, len(columns) < GATHER_BELOW * width
+    return rows if few_rows else None, columns if few else None
 
 
 def columns_as_rows(operand: Tensor, features: Tensor | None) -> Tensor:
@@ -280,15 +245,17 @@ def columns_as_rows(operand: Tensor, features: Tensor | None) -> Tensor:
 
 
 def by_feature(operand: Tensor) -> Tensor:
-    """(T, D) as (D, T), contiguous. Block by block, for a column's values lie so far apart that caches thrash."""
+    """(T, D) as (D, T), contiguous.
+
+    Block by block, for a column's values lie so far apart that caches thrash.
+    """
     return torch.cat([block.t() for block in operand.split(BLOCK)], 1)
 
 
 @cache
 def _silence_sparse_warning() -> None:
-    """Torch warns once a process that CSR tensors are in beta; the first one is made here, unheard."""
+    """Torch warns once a process that CSR tensors are in beta; the first is made here, unheard."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
         starts = torch.zeros(2, dtype=torch.int64, device="cpu")
-        torch.sparse_csr_tensor(starts, empty, empty.float(), (1, 1), check_invariants=False)
+        torch.sparse_csr_tensor(starts, starts[:0], starts[:0].float(), (1, 1))
