@@ -111,7 +111,7 @@ def accumulate(model, phases, data):
 
 
 def pretrained(model, dtype):
-    """The model with no weight at zero, as if it had been trained: a new one has biases that are."""
+    """The model as if it had been trained, with no weight at zero: biases of a new one are."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
@@ -211,7 +211,7 @@ def outputs(model, batch):
 
 
 def sized(count, one, other, path):
-    """As many weights as asked, or as the rule says, are trained: the selected ones and the head have moved."""
+    """As many weights as asked, or as the rule says, are trained, and the head moves."""
     assert one.selection.count == count(one.name, one.model)
     moved = sum(
         int((one.candidates[n].reshape(-1)[i] != one.base[n].reshape(-1)[i]).sum())
@@ -234,7 +234,7 @@ def rest_identical(one, other, path):
 
 
 def nearest(one, other, path):
-    """No other number of sensitive weights costs what is nearer to the budget; and what is paid for is trained."""
+    """No other tau costs what is nearer to the budget, and what is paid for is trained."""
     scores, spent = spend(one.fresh(), one.data)
     scores = {n: s.cpu() for n, s in scores.items() if n not in spent.left_out}
     cost, tensor = torch.zeros(sum(s.numel() for s in scores.values()), dtype=torch.int64), []
@@ -279,7 +279,7 @@ def sparse(one, other, path):
 
 
 def travels(one, other, path):
-    """The delta is saved, loaded, applied and reverted; it is turned on and off, and another one after it."""
+    """The delta is saved, loaded, applied and reverted, twice, and another one after it."""
     one.delta().save(path)
     base = one.fresh()
     before, tuned, plain = bits(base), bits(one.model), outputs(base, one.batch)

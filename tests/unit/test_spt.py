@@ -1,4 +1,4 @@
-"""SPT: the sweep finds what trying every tau finds, budgets are spent as said, the mixture trains."""
+"""SPT: the sweep finds what trying every tau finds, budgets are spent, the mixture trains."""
 
 import math
 import sys
@@ -131,7 +131,7 @@ def test_taus_that_are_empty_do_not_increase_or_go_beyond_the_scores_raise(taus)
 
 
 class Small(nn.Module):
-    """A 6 x 4 matrix, its bias, an embedding; r = 1 costs 10 (LoRA) or 2 * 6 + 1 + 6 = 19 (Adapter)."""
+    """A 6 x 4 matrix, its bias, an embedding; r = 1 costs 10 (LoRA), 2 * 6 + 1 + 6 (Adapter)."""
 
     def __init__(self):
         super().__init__()
