@@ -81,7 +81,7 @@ setup: node browser $(ENVIRONMENT) $(NODE_MODULES) assets ## install everything,
 .PHONY: clean
 clean: ## remove what was built; .venv and downloads stay
 	rm -rf _build executed build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find selective_lite benchmarks tests book/_ext -name __pycache__ -prune -exec rm -rf {} +
+	find selective_lite benchmarks tests book/_ext book/build -name __pycache__ -prune -exec rm -rf {} +
 
 # What the system must have: Node for the scripts that the pages carry, Chromium for the browser tests.
 .PHONY: node browser
@@ -110,7 +110,7 @@ assets: $(ENVIRONMENT)
 
 # Always run: it decides by content which pages to execute, and renews this file only when the copy has changed.
 executed/.stamp: FORCE $(ENVIRONMENT) assets
-	@$(KEEP_MEMORY) $(BIN)/python tests/book/execute.py
+	@$(KEEP_MEMORY) $(BIN)/python book/build/execute.py
 
 # Built from nothing each time: an incremental build would not repeat the warnings of pages that it leaves as they are.
 $(SITE): executed/.stamp $(NODE_MODULES) _config.yml requirements.lock $(wildcard book/_ext/*)

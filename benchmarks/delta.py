@@ -1,4 +1,4 @@
-"""Benchmark: a delta of 0.5 % of a BERT of MiniLM's size: bytes against their entropy, and seconds in and out."""
+"""Benchmark: a delta of 0.5 % of a BERT of MiniLM's size: bytes and seconds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def deltas(base: nn.Module, budget: float) -> list[sl.Delta]:
 
 
 def entropy_bound(total: int, k: int) -> float:
-    """Bytes that no code of k positions out of `total` falls below on average: log2 (total choose k) / 8."""
+    """Bytes that any code of k positions of `total` needs on average: log2 (total choose k) / 8."""
     return (
         (math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)) / math.log(2) / 8
     )
@@ -67,7 +67,7 @@ def timed(seconds: dict[str, list[float]], name: str, call: Callable[[], Any]) -
 
 
 def run(config: Mapping[str, Any]) -> results.Row:
-    """Bytes of both encodings over the bound, and median seconds of every verb, beside loading all weights."""
+    """Bytes of both encodings over the bound, and median seconds of every verb."""
     torch.manual_seed(0)
     base = BertForSequenceClassification(BertConfig(**config["sizes"])).eval()
     state = copy.deepcopy(base.state_dict())
@@ -103,12 +103,10 @@ def run(config: Mapping[str, Any]) -> results.Row:
 
 if __name__ == "__main__":
     row = results.run_missing("delta", [CONFIG], run, lambda config: ROOTS)[0]
-    print(
-        f"{row['k']:,} of {row['total']:,} weights; entropy of their positions {row['entropy_bound']:,} bytes"
-    )
+    print(f"{row['k']:,} of {row['total']:,} weights")
+    print(f"entropy of their positions: {row['entropy_bound']:,} bytes")
     for encoding in ENCODINGS:
-        print(
-            f"{encoding:16} {row['bytes'][encoding]:9,} bytes {row['over_bound'][encoding]:7.3f} x (entropy + values)"
-        )
+        share = f"{row['over_bound'][encoding]:7.3f} x (entropy + values)"
+        print(f"{encoding:16} {row['bytes'][encoding]:9,} bytes {share}")
     for verb, median_seconds in row["median_seconds"].items():
         print(f"{verb:16} {1000 * median_seconds:9.1f} ms")

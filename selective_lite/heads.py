@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-CHILDREN = ("classifier", "score", "qa_outputs", "classification_head")
+CHILDREN = ("classifier", "score", "qa_outputs", "classification_head", "ctc_head")
+# Endings of the classes whose output layer is pretrained, also where they do not give it out.
+LANGUAGE = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 TORCHVISION = ("fc", "classifier", "head", "heads")
 
 
@@ -30,12 +32,15 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     """
     base = getattr(model, "base_model", None) if hasattr(model, "base_model_prefix") else None
     if base is not None:
-        if model.get_output_embeddings() is not None:  # type: ignore[operator]
+        pretrained = type(model).__name__.endswith(LANGUAGE)
+        if pretrained or model.get_output_embeddings() is not None:  # type: ignore[operator]
             return ()
         if base is not model:
             inside = {id(p) for p in base.parameters()}
-            return tuple(name for name, p in model.named_parameters() if id(p) not in inside)
-        if "For" not in type(model).__name__:  # a base model, such as BertModel
+            outside = tuple(n for n, p in model.named_parameters() if id(p) not in inside)
+            if outside or "For" not in type(model).__name__:
+                return outside
+        elif "For" not in type(model).__name__:  # a base model, such as BertModel
             return ()
     found = _by_name(model)
     if not found and any(True for _ in model.children()):
@@ -55,8 +60,8 @@ def _by_name(model: nn.Module) -> tuple[str, ...]:
 
 
 def _with_parameters(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    modules = dict(model.named_modules())
-    return tuple(n for n in names if n in modules and any(True for _ in modules[n].parameters()))
+    own = [name for name, _ in model.named_parameters()]  # a tied one by its first name
+    return tuple(n for n in names if any(p.startswith(f"{n}.") for p in own))
 
 
 def _last_layer(name: str, module: nn.Module) -> str:

@@ -55,11 +55,12 @@ def from_delta(
 
     delta = load(path)
     said = delta.metadata["base"]
-    place = said.get("name_or_path") if base is None else os.fspath(base)
+    place = str(said.get("name_or_path", "")) if base is None else os.fspath(base)
     if not place:
         raise DeltaError(f"{path} does not say where its base is; give base=, a folder or a hub id")
-    cls = getattr(transformers, str(said.get("class")), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    cls: Any = getattr(transformers, str(said.get("class")), None)
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known:
         raise DeltaError(
             f"{path} is for a {said.get('class')}, which is not a model of transformers "
             f"{transformers.__version__}; make the base yourself, then load(path).apply(model)"
@@ -67,7 +68,7 @@ def from_delta(
     dtype = getattr(torch, str(said.get("dtype")).removeprefix("torch."), None)
     options: dict[str, Any] = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
     if base is None and "revision" in said:
-        options["revision"] = said["revision"]
+        options["revision"] = str(said["revision"])
     if "id2label" in said:
         labels = {int(number): label for number, label in said["id2label"].items()}
         options |= {"id2label": labels, "label2id": {label: n for n, label in labels.items()}}
@@ -134,8 +135,8 @@ def _save_delta() -> type:
                 file = os.path.join(folder, FILE)
                 if not os.path.isfile(file):
                     raise ValueError(
-                        f"{file} is missing, the delta of the checkpoint to resume from; if that is "
-                        "elsewhere, give SaveDelta(folder=...)"
+                        f"{file} is missing, the delta of the checkpoint to resume from; if it "
+                        "is elsewhere, give SaveDelta(folder=...)"
                     )
                 tuning.resume(load(file))
 

@@ -39,7 +39,7 @@ class Architecture:
     head
         As in `sl.weights`: ``()`` for a model that ends without one.
     refused
-        Why a tensor of it cannot be selected in part, as the error says it.
+        Which tensor of it cannot be selected in part, and why, as the error says it.
     dtype
         Of the model and its floating inputs.
     """
@@ -919,6 +919,24 @@ class Scaled(nn.Linear):
         return F.linear(input, self.weight / self.weight.norm(), self.bias)
 
 
+class Twice(nn.Linear):
+    """A subclass whose forward calls its parent's, and reads the weight once more."""
+
+    def forward(self, input):
+        return super().forward(input) + input @ self.weight
+
+
+class Stack(nn.Sequential):
+    """A container with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(16, 16), nn.Tanh())
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, input):
+        return super().forward(input) * self.scale
+
+
 class Shared(nn.Module):
     """One layer called twice, and its weight once more as a bilinear form."""
 
@@ -1012,12 +1030,18 @@ MODULES = {
     "torch_linear_subclass": plain(
         lambda: nn.Sequential(Scaled(16, 16), nn.Tanh(), Scaled(16, 16))
     ),
+    "torch_linear_subclass_of_two_reads": plain(partial(Twice, 16, 16)),
     "torch_shared_layer": plain(Shared),
     "torch_weight_norm": plain(partial(_normed, nn.utils.parametrizations.weight_norm)),
     "torch_spectral_norm": plain(partial(_normed, nn.utils.parametrizations.spectral_norm)),
     "torch_spectral_norm_by_hook": plain(partial(_normed, nn.utils.spectral_norm)),
     "torch_max_norm": plain(
-        partial(nn.Embedding, WORDS, 16, max_norm=1.0), words, refused="max_norm"
+        partial(nn.Embedding, WORDS, 16, max_norm=1.0),
+        words,
+        refused="'body.weight' is an embedding with max_norm",
+    ),
+    "torch_parameter_of_a_container": plain(
+        Stack, refused="'body.scale' belongs to a Stack itself, whose children"
     ),
 }
 

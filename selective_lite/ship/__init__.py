@@ -1,1 +1,1 @@
-"""Ship: what fine-tuning changed as one small file; applied, reverted, switched, summed, described, and exported."""
+"""Ship: what fine-tuning changed as one small file; applied, reverted, summed, exported."""

@@ -43,7 +43,8 @@ def combine(
     ValueError
         If there are not as many weights as deltas, a weight is not finite, a delta has small
         modules, heads or buffers differ and `head` does not say which, a tensor is the head of one
-        delta and not of another, a sum is not finite in the base's dtype, or all differences cancel out.
+        delta and not of another, a sum is not finite in the base's dtype, or all differences
+        cancel out.
     """
     if (
         not deltas
@@ -140,7 +141,8 @@ def _sum(
         at = torch.searchsorted(union, where)
         share[at] += weight
         theta[at] += weight * values.double()
-    # (eq-combine)  theta = theta0 + sum_i w_i (theta_i - theta0), in the order that loses nothing if one w_i is 1
+    # (eq-combine)  theta = theta0 + sum_i w_i (theta_i - theta0)
+    # in an order that loses nothing where one w_i is 1
     theta = torch.where(share == 1, theta, theta + (1 - share) * theta0.double()).to(theta0.dtype)
     if not theta.isfinite().all():
         raise ValueError(f"the weighted sum is not finite in {name!r}, which is {theta0.dtype}")

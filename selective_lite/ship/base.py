@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..params import named_buffers, named_parameters, owners, ties, unwrap
@@ -69,12 +68,6 @@ def at(tensor: Tensor, positions: Tensor | None = None) -> Tensor:
     return flat.index_select(0, positions.to(tensor.device)).cpu()
 
 
-def spread(size: int, count: int) -> Tensor:
-    """At most `count` positions, evenly spread over a tensor of this size."""
-    count = min(size, count)
-    return torch.arange(count, device="cpu") * size // max(count, 1)
-
-
 def fingerprint(replaced: Tensor | None, sampled: Tensor | None) -> str:
     """Of the base's values that one tensor's part replaces, and of some that tell its matrix."""
     parts = {"replaced": replaced, "sampled": sampled}
@@ -89,11 +82,17 @@ class Names:
     ----------
     found
         ``{name in the delta: canonical name in the model}``.
+    tensors
+        The model's, by canonical name.
+    tables
+        Canonical names of the weights of embeddings.
     left_out
         Names of the delta's head, if the model has none of it.
     """
 
     found: dict[str, str]
+    tensors: dict[str, Tensor]
+    tables: set[str]
     left_out: tuple[str, ...] = ()
 
 
@@ -116,8 +115,8 @@ def find_names(
     DeltaError
         If a tensor is missing, fits under several prefixes, or is tied to others than in the base.
     """
-    tied = ties(model)
-    canonical = {name: name for name in tensors_of(model)}
+    tied, tensors, places = ties(model), tensors_of(model), owners(model)
+    canonical = {name: name for name in tensors}
     canonical |= {other: name for name, others in tied.items() for other in others}
     old, new = _prefixes(body, canonical, metadata["base"].get("part"))
 
@@ -132,7 +131,6 @@ def find_names(
             "class that was tuned"
         )
     names = {name: canonical[renamed(name)] for name in (*body, *head) if name not in missing}
-    several = {name for name, places in owners(model).items() if len(places) > 1}
     for name, own in names.items():
         partners = [name, *metadata["ties"].get(name, ())]
         for partner in partners:
@@ -142,13 +140,15 @@ def find_names(
                     "(tie_word_embeddings=True), or load the base that was tuned"
                 )
         known = {renamed(partner) for partner in partners}
-        for other in (own, *tied.get(own, ())) if own in several else ():
+        # A module that is registered twice has a second name for its weight, which is no tie.
+        for other in (own, *tied.get(own, ())) if len(places.get(own, ())) > 1 else ():
             if other not in known:
                 raise DeltaError(
                     f"model ties {own!r} to {other!r}, the delta's base does not; load the base "
                     "that was tuned (tie_word_embeddings=False)"
                 )
-    return Names(names, tuple(missing))
+    tables = {n for n, at in places.items() if any(isinstance(m, nn.Embedding) for m, _ in at)}
+    return Names(names, tensors, tables, tuple(missing))
 
 
 def _prefixes(body: Sequence[str], known: Mapping[str, str], part: str | None) -> tuple[str, str]:
@@ -180,7 +180,7 @@ def _prefixes(body: Sequence[str], known: Mapping[str, str], part: str | None) -
     return next(iter(fitting.values()))
 
 
-def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
+def _shared(paths: Sequence[list[str]]) -> list[str]:
     """The parts that all paths begin with."""
     first, last = min(paths), max(paths)  # in alphabetical order, all others lie between
     pairs = zip(first, last, strict=False)
@@ -188,7 +188,7 @@ def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: list[int], dtype: str, table: bool) -> None:
-    """Raise a `DeltaError` if a model's tensor has another shape or dtype than the base's, or no values.
+    """Raise a `DeltaError` unless a model's tensor has the base's shape and dtype, and values.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..layers.small import (
     find_layers,
     remove_adapters,
 )
-from ..params import head_weights, named_buffers, owners, ties, unwrap, weights
+from ..params import head_weights, named_buffers, ties, unwrap, weights
 from ..selection import Selection
 from .base import (
     Names,
@@ -34,7 +35,6 @@ from .base import (
     find_names,
     fingerprint,
     library_version,
-    spread,
     tensors_of,
 )
 from .file import (
@@ -52,6 +52,8 @@ from .file import (
     index_dtype,
     replaced_by,
 )
+
+Reader = Callable[[str, "Tensor | None"], Tensor]  # (name, positions or None for all) -> values
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +113,11 @@ class Delta:
         """What replaces the base's values, ``{name: (positions or None for all, values)}``."""
         return {name: (where, values) for name, where, values in replaced_by(self.parts)}
 
-    def base_dtype(self, name: str) -> str:
-        """The dtype of a tensor of the base, such as ``"torch.float32"``."""
-        rounded = self.metadata.get("rounds_to", {})
-        tensors = {name: values for name, (_, values) in self.replaced().items()}
-        small = {name: next(iter(pieces.values())) for name, pieces in self.modules.items()}
-        return rounded.get(name) or str({**small, **tensors}[name].dtype)
+    def base_dtypes(self) -> dict[str, str]:
+        """The dtype of every tensor of the base, by name, such as ``"torch.float32"``."""
+        small = {n: str(t.dtype) for n, pieces in self.modules.items() for t in pieces.values()}
+        found = {name: str(values.dtype) for name, (_, values) in self.replaced().items()}
+        return {**small, **found, **self.metadata.get("rounds_to", {})}
 
     def save(self, path: str | os.PathLike, encoding: Encoding = "flat") -> None:
         """Write the delta as safetensors, with a SHA-256 over all of it; complete or not at all.
@@ -215,19 +216,22 @@ class Delta:
                 "it with tuning.resume(delta)"
             )
         names = self.names(model)
-        tensors, places = tensors_of(model), owners(model)
+        dtypes, replaced = self.base_dtypes(), self.replaced()
         for name, own in names.found.items():
-            table = any(isinstance(module, nn.Embedding) for module, _ in places.get(own, ()))
             shape = self.metadata["shapes"][name]
-            check_tensor(own, tensors[own], shape, self.base_dtype(name), table)
-        self._check_layers(model, names)
-        replaced = self.replaced()
-        found = {n: at(tensors[o], replaced[n][0]) for n, o in names.found.items() if n in replaced}
-        self.check_base(lambda name, where: at(tensors[names.found[name]], where), found, names)
-        return names, found
+            check_tensor(own, names.tensors[own], shape, dtypes[name], own in names.tables)
+        if self.modules:
+            self._check_layers(model, names.found)
+
+        def read(name: str, where: Tensor | None) -> Tensor:
+            return at(names.tensors[names.found[name]], where)
+
+        values = {name: read(name, replaced[name][0]) for name in names.found if name in replaced}
+        self.check_base(read, values, names.found)
+        return names, values
 
     def check_base(
-        self, read: Callable[[str, Tensor], Tensor], found: Mapping[str, Tensor], names: Names
+        self, read: Reader, found: Mapping[str, Tensor], names: Mapping[str, str]
     ) -> None:
         """Raise a `DeltaError` naming the first tensor whose values are not the base's.
 
@@ -238,35 +242,34 @@ class Delta:
         found
             Its values where the delta replaces them.
         names
-            The model's names, for the message.
+            The model's names by the delta's, for the message.
         """
         body = body_of(self.parts)
         for name, expected in zip(body, self.metadata["fingerprints"], strict=True):
             if fingerprint(found.get(name), self._sampled(name, read)) != expected:
                 raise DeltaError(
-                    f"model's {names.found[name]!r} is not the base's at the replaced positions: "
+                    f"model's {names[name]!r} is not the base's at the replaced positions: "
                     "model is not the base that this delta was made from (or already carries a "
                     "delta). Rows that were added to an embedding are drawn anew for every model: "
                     "copy them from the tuned one, or ship that tensor whole (head=)"
                 )
 
-    def _sampled(self, name: str, read: Callable[[str, Tensor], Tensor]) -> Tensor | None:
+    def _sampled(self, name: str, read: Reader) -> Tensor | None:
+        """Some values of a matrix that has a small module, evenly spread."""
         if name not in self.modules:
             return None
-        size = 1
-        for length in self.metadata["shapes"][name]:
-            size *= length
-        return read(name, spread(size, sum(t.numel() for t in self.modules[name].values())))
+        size = prod(self.metadata["shapes"][name])
+        count = min(size, sum(t.numel() for t in self.modules[name].values()))
+        return read(name, torch.arange(count, device="cpu") * size // count)
 
-    def _check_layers(self, model: nn.Module, names: Names) -> None:
-        specs = {name: self.metadata[MODULES][name] for name in self.modules}
-        ranks = {names.found[name]: spec["rank"] for name, spec in specs.items()}
+    def _check_layers(self, model: nn.Module, names: Mapping[str, str]) -> None:
+        specs = self.metadata[MODULES]
         try:
-            layers = find_layers(unwrap(model), ranks)
+            layers = find_layers(unwrap(model), {names[n]: specs[n]["rank"] for n in specs})
         except ValueError as error:
             raise DeltaError(f"model cannot take this delta's small modules: {error}") from None
         for name, spec in specs.items():
-            _, d_in, d_out = layers[names.found[name]]
+            _, d_in, d_out = layers[names[name]]
             if not fits(self.modules[name], spec, d_in, d_out):
                 raise DeltaError(
                     f"the small module of {name!r} is not for a layer from {d_in} to {d_out} "
@@ -297,12 +300,12 @@ class Applied:
                 own
             ]
             self._modules[name].load_state_dict(pieces)
-        self._write({name: delta.replaced()[name][1] for name in self._original})
+        tuned = {name: values for name, (_, values) in delta.replaced().items()}
+        self._write({name: tuned[name] for name in self._original}, names.tensors)
 
     @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        # Looked up by name: a buffer is another tensor after model.to(device).
-        tensors, replaced = tensors_of(self._model), self._delta.replaced()
+    def _write(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        replaced = self._delta.replaced()
         for name, new in values.items():
             tensor, where = tensors[self._names[name]], replaced[name][0]
             if where is None:
@@ -334,13 +337,14 @@ class Applied:
                 )
             for piece, p in module.named_parameters():
                 _expect(f"{name}/{piece}", p, delta.modules[name][piece])
+        # Looked up again: a buffer is another tensor after model.to(device).
         tensors, replaced = tensors_of(model), delta.replaced()
         for name in self._original:
             where, values = replaced[name]
             _expect(name, at(tensors[self._names[name]], where), values)
         if self._modules:
             remove_adapters(model, [self._names[name] for name in self._modules])
-        self._write(self._original)
+        self._write(self._original, tensors)
         self._original, self._reverted = {}, True
 
     def switch(self, delta: Delta) -> Applied:
@@ -426,17 +430,15 @@ def diff(
 
     candidates = weights(tuned, head, with_frozen=True)
     compared: dict[str, Tensor] = {name: p for name, p in candidates.items() if name not in own}
-    small = [name.rpartition(".adapter.")[0] + ".adapter." for name in own]
-    buffers = {n: b for n, b in named_buffers(tuned).items() if not n.startswith(tuple(small))}
-    if not any(name in before for name in buffers) and not isinstance(base, nn.Module):
-        if buffers:
-            warnings.warn(
-                f"base holds no buffers, such as {next(iter(buffers))!r}; what changed in them is "
-                "not shipped. Give the base, or its snapshot with buffers",
-                stacklevel=2,
-            )
+    buffers = named_buffers(tuned)
+    if buffers and not any(name in before for name in buffers):
+        warnings.warn(
+            f"base holds no buffers, such as {next(iter(buffers))!r}; what changed in them is not "
+            "shipped. Give the base, or its snapshot with buffers",
+            stacklevel=2,
+        )
         buffers = {}
-    changed, moved = {}, {}
+    changed, moved = {}, dict[str, Tensor]()
     for name, tensor in {**compared, **buffers}.items():
         start = before.get(name)
         if start is None or start.shape != tensor.shape or start.dtype != tensor.dtype:
@@ -475,7 +477,7 @@ def diff(
 
 def assemble(
     model: nn.Module,
-    start: Callable[[str, Tensor | None], Tensor],
+    start: Reader,
     changed: Mapping[str, tuple[Tensor, Tensor]],
     head: dict[str, Tensor],
     buffers: dict[str, Tensor],

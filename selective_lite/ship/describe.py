@@ -51,7 +51,7 @@ def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
     for name, count in counts.items():
         number = layer_of(name)
         layers["outside" if number is None else str(number)] += count
-    dtypes = {delta.base_dtype(name) for name in metadata["shapes"] if name not in delta.buffers}
+    dtypes = {dtype for name, dtype in delta.base_dtypes().items() if name not in delta.buffers}
     precise = " (stored as torch.float32)" if metadata.get("rounds_to") else ""
     parts = ", ".join(f"{part} {size:,}" for part, size in _bytes(delta).items() if size)
     lines = [

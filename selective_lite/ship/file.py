@@ -64,8 +64,10 @@ def write(
 
 
 def _ordered(content: bytes) -> bytes:
-    """The same file with its metadata in order: safetensors writes them in any, so that equal
-    deltas would not be equal files."""
+    """The same file with its metadata in order.
+
+    safetensors writes them in any, so that equal deltas would not be equal files.
+    """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -196,7 +198,8 @@ def index_dtype(size: int) -> torch.dtype:
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    for key, kind in KEYS.items():
+    optional = {key: dict for key in (MODULES, "rounds_to") if key in metadata}
+    for key, kind in {**KEYS, **optional}.items():
         if type(metadata[key]) is not kind:
             found = type(metadata[key]).__name__
             raise DeltaError(f"delta's {key} is a {found}, not a {kind.__name__}")
@@ -205,23 +208,17 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
             type(size) is int and 0 <= size < 2**63 for size in shape
         ):
             raise DeltaError(f"delta's shape of {name!r} is {shape}")
-    texts = [
-        *metadata["fingerprints"],
-        *(n for others in metadata["ties"].values() for n in others),
-    ]
-    if not all(type(others) is list for others in metadata["ties"].values()) or not all(
-        type(text) is str for text in texts
+    for texts in (metadata["fingerprints"], *metadata["ties"].values()):
+        if type(texts) is not list or not all(type(text) is str for text in texts):
+            raise DeltaError("delta's ties and fingerprints must be lists of texts")
+    labels = metadata["base"].get("id2label", {})
+    if type(labels) is not dict or not all(number.isdecimal() for number in labels):
+        raise DeltaError(f"delta's labels are {labels!r:.80}")
+    said = {key: value for key, value in metadata["base"].items() if key != "id2label"}
+    if not all(type(text) is str for text in labels.values()) or not all(
+        type(value) in (str, int) for value in said.values()
     ):
-        raise DeltaError("delta's ties and fingerprints must be lists of texts")
-    for key, value in metadata["base"].items():
-        labels = value.items() if key == "id2label" and type(value) is dict else None
-        fine = (
-            type(value) in (str, int)
-            if labels is None
-            else all(number.isdecimal() and type(label) is str for number, label in labels)
-        )
-        if not fine:
-            raise DeltaError(f"delta's {key} of the base is {value!r:.80}")
+        raise DeltaError("delta's metadata of the base must be texts and whole numbers")
 
 
 def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -307,7 +304,8 @@ def _check_modules(modules: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
             fits(modules[name], spec, *sizes) for sizes in (shape, shape[::-1])
         ):
             raise DeltaError(
-                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape {shape}"
+                f"delta's small module of {name!r} is no {kind!r} of rank {rank!r} for shape "
+                f"{shape}"
             )
         if len({tensor.dtype for tensor in modules[name].values()}) > 1:
             raise DeltaError(f"delta's small module of {name!r} has several dtypes")

@@ -1,4 +1,4 @@
-"""SHiRA (Bhardwaj et al. 2024): a delta as the sparse adapter that peft loads, where it fits one."""
+"""SHiRA (Bhardwaj et al. 2024): a delta as the sparse adapter that peft loads, if it fits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .delta import Delta
 
 
 def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
-    """Write a folder that ``peft.PeftModel.from_pretrained(base, folder)`` loads; peft itself is not needed for it.
+    """Write a folder that ``peft.PeftModel.from_pretrained(base, folder)`` loads.
 
-    What fits: single positions in weights of ``nn.Linear`` that belong to one layer each, and heads
-    of whole modules. peft knows one r, and in every layer exactly r (d_in + d_out) entries: r is
-    what the fullest layer needs, and the others are filled up with differences of zero. peft adds
-    differences, so weights agree to rounding, not to the bit.
+    peft itself is not needed for it. What fits: single positions in weights of ``nn.Linear`` that
+    belong to one layer each, and heads of whole modules. peft knows one r, and in every layer
+    exactly r (d_in + d_out) entries: r is what the fullest layer needs, and the others are filled
+    up with zeros. peft adds differences, so that weights agree to rounding, not to the bit.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     if delta.dense or delta.modules or delta.buffers or not delta.values:
         what = [*delta.dense, *delta.modules, *delta.buffers]
         raise ValueError(
-            f"SHiRA holds single weights of nn.Linear only; this delta has {what[0] if what else 'none'!r}"
+            "SHiRA holds single weights of nn.Linear only; this delta has "
+            f"{what[0] if what else 'none'!r}"
         )
     base = unwrap(base)
     names, original = delta.check(base)
@@ -66,8 +67,8 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
         count = r * sizes[name]
         if count > layer.weight.numel():
             raise ValueError(
-                f"SHiRA's r is one for all layers, and the fullest one needs r={r}: {count} entries in {name!r}, "
-                f"which has {layer.weight.numel()}"
+                f"SHiRA's r is one for all layers, and the fullest one needs r={r}: {count} "
+                f"entries in {name!r}, which has {layer.weight.numel()}"
             )
         index, difference = _filled(
             delta.positions[name].long(),

@@ -1,4 +1,4 @@
-"""Gaps: sorted positions as one compressed stream of their differences, some 4 % longer than their entropy."""
+"""Positions: as one compressed stream of their gaps, some 4 % longer than their entropy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 8  # bytes of a gap; nearly all of the upper ones are zero, and cost not
 
 
 def pack(positions: Sequence[Tensor]) -> Tensor:
-    """One stream, uint8 (bytes,), of sorted vectors of positions: first every gap's lowest byte, then the next ones."""
+    """One stream, uint8 (bytes,), of sorted positions: every gap's lowest byte, then the next."""
     gaps = [np.diff(index.numpy().astype("<i8"), prepend=-1) for index in positions]
     planes = np.concatenate([*gaps, np.empty(0, "<i8")]).view(np.uint8).reshape(-1, WIDTH).T
     stream = lzma.compress(planes.tobytes(), lzma.FORMAT_RAW, filters=FILTERS)
@@ -25,9 +25,10 @@ def pack(positions: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(stream: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """The int64 vectors of these lengths that `pack` was given; it never makes more than these lengths need.
+    """The int64 vectors of these lengths that `pack` was given.
 
-    The positions of a forged stream can be anything: see `increasing`.
+    It never makes more than these lengths need. The positions of a forged stream can be anything:
+    see `increasing`.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from ..layers.masked import MaskedTraining
 from ..layers.small import adapter_parameters, adapters
 from ..params import head_weights, named_parameters, weights
 from ..selection import Selection
-from .base import Names, at, tensors_of
+from .base import at, tensors_of
 from .delta import Delta, assemble
 from .file import bits, body_of
 
@@ -60,23 +60,25 @@ class Tuning(MaskedTraining):
         ValueError
             If nothing changed, and there is no head.
         """
-        start, now, own = self.start(), self.values(precise), adapter_parameters(self.model)
-        tensors = tensors_of(self.model)
+        start, own = self.start(), adapter_parameters(self.model)
         changed: dict[str, tuple[Tensor, Tensor]] = {}
-        buffers: dict[str, Tensor] = {}
-        for name, values in now.items():
-            flat = values.reshape(-1)
-            moved = bits(flat) != bits(start[name].to(values.dtype)).reshape(-1)
-            if name not in named_parameters(self.model):
+        heads, buffers = dict[str, Tensor](), dict[str, Tensor]()
+        for name, values in self.values(precise).items():
+            moved = (bits(values) != bits(start[name].to(values.dtype))).reshape(-1)
+            if name in self._heads:
+                heads[name] = self._whole(name, values)
+            elif name not in self._trained:
                 buffers |= {name: values} if moved.any() else {}
-            elif name not in own and name not in self._heads:
+            elif name not in own:
                 kept = (moved | precise).nonzero().squeeze(1)
-                changed[name] = self._positions(name, kept, tensors), flat[kept]
+                index = self.selection.indices.get(name)
+                where = kept if index is None else index[kept]
+                changed[name] = where, values.reshape(-1)[kept]
         delta = assemble(
             self.model,
             self._before,
             changed,
-            {name: self._whole(name, now, tensors) for name in self._heads},
+            heads,
             buffers,
             method=self.selection.method if method is None else method,
             total=self.total,
@@ -88,9 +90,10 @@ class Tuning(MaskedTraining):
 
     @torch.no_grad()
     def resume(self, delta: Delta) -> None:
-        """Continue from a delta: put its values (best of ``delta(precise=True)``) into this training.
+        """Continue from a delta: put its values into this training.
 
-        Selected weights that the delta does not have get the values that they started with.
+        ``delta(precise=True)`` has all that is needed. Selected weights that the delta lacks get
+        the values that they started with.
 
         Parameters
         ----------
@@ -110,20 +113,18 @@ class Tuning(MaskedTraining):
         self._check_selection(delta)
         body = body_of(delta.parts)
         found = {name: self._before(name, replaced[name][0]) for name in body if name in replaced}
-        delta.check_base(self._before, found, Names({name: name for name in body}))
+        delta.check_base(self._before, found, {name: name for name in body})
 
         for name, p in self._trained.items():
             flat = start[name].reshape(-1).to(p.dtype)
             if name in replaced:
                 where, values = replaced[name]
-                index = self.selection.indices.get(name)
-                if where is None and index is not None:
-                    values = values.reshape(-1)[index]
-                elif where is not None:
-                    where = where.long()
-                    where = where if index is None else torch.searchsorted(index, where)
-                new = values.reshape(-1).to(p.dtype)
-                flat = new if where is None else flat.index_copy(0, where, new)
+                index = _everything(values) if where is None else where.long()
+                own = self.selection.indices.get(name, _everything(tensors[name]))
+                # A head's other values, where a selection takes a part of it, never move.
+                kept = torch.isin(index, own)
+                at_own = torch.searchsorted(own, index[kept])
+                flat = flat.index_copy(0, at_own, values.reshape(-1)[kept].to(p.dtype))
             p.copy_(flat.reshape(p.shape))
         for name, tensor in tensors.items():
             if name in start and name not in self._trained:
@@ -131,49 +132,38 @@ class Tuning(MaskedTraining):
         for name, module in adapters(self.model).items():
             module.load_state_dict(delta.modules[name])
 
-    def _positions(self, name: str, kept: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Flat positions in the tensor of these of its values."""
-        index = self.selection.indices.get(name)
-        return kept if index is None or len(index) == tensors[name].numel() else index[kept]
-
-    def _whole(self, name: str, now: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-        """A tensor of the head, however much of it is trained."""
-        tensor = tensors[name]
-        if name in now and now[name].numel() == tensor.numel():
-            return now[name].reshape(tensor.shape)
-        flat = at(tensor)
-        if name in now:
-            flat = flat.to(now[name].dtype).index_copy(0, self.selection.indices[name], now[name])
-        return flat.reshape(tensor.shape)
+    def _whole(self, name: str, values: Tensor) -> Tensor:
+        """A tensor of the head, even if only a part of it was selected."""
+        tensor = tensors_of(self.model)[name]
+        if values.numel() == tensor.numel():
+            return values.reshape(tensor.shape)
+        flat = at(tensor).to(values.dtype)
+        return flat.index_copy(0, self.selection.indices[name], values).reshape(tensor.shape)
 
     def _before(self, name: str, where: Tensor | None) -> Tensor:
         """The base's values at flat positions of a tensor, or all of them."""
         tensor, start = tensors_of(self.model)[name], self.start().get(name)
-        if start is None:
-            return at(tensor, where)
-        start = start.reshape(-1)
-        if len(start) == tensor.numel():
-            return at(start, where)
-        index = self.selection.indices[name]
-        if where is not None:
-            own = torch.searchsorted(index, where.long()).clamp(max=len(index) - 1)
-            if torch.equal(index[own], where.long()):
-                return start[own]
-        return at(at(tensor).index_copy(0, index, start), where)
+        index = self.selection.indices.get(name)
+        if start is None or index is None:
+            return at(tensor if start is None else start, where)
+        where = _everything(tensor) if where is None else where.long()
+        own = torch.searchsorted(index, where).clamp(max=len(index) - 1)
+        return torch.where(index[own] == where, start.reshape(-1)[own], at(tensor, where))
 
     def _check_same(self, delta: Delta, tensors: Mapping[str, Tensor]) -> None:
         for name, shape in delta.metadata["shapes"].items():
             if name not in tensors:
                 raise ValueError(f"delta has {name!r}, the model in training has not")
-            if list(tensors[name].shape) != shape:
+            if (found := list(tensors[name].shape)) != shape:
                 raise ValueError(
-                    f"delta's {name!r} has shape {shape}, the model in training has "
-                    f"{list(tensors[name].shape)}"
+                    f"delta's {name!r} has shape {shape}, the model in training has {found}"
                 )
-        for part, theirs, ours in (
-            ("head", delta.head, self._heads),
-            ("small modules", delta.modules, adapters(self.model)),
-        ):
+        small = adapters(self.model)
+        both: dict[str, tuple[Any, Any]] = {
+            "head": (delta.head, self._heads),
+            "small modules": (delta.modules, small),
+        }
+        for part, (theirs, ours) in both.items():
             if other := set(theirs) ^ set(ours):
                 raise ValueError(
                     f"delta and training do not have the same {part}: only one has {min(other)!r}"
@@ -185,24 +175,27 @@ class Tuning(MaskedTraining):
     def _check_selection(self, delta: Delta) -> None:
         remedy = "resume with the same selection: masked(model, delta.selection(model))"
         replaced, complete = delta.replaced(), delta.metadata.get("complete", False)
-        trained = [n for n in self._trained if n not in self._heads and n not in delta.buffers]
-        own = adapter_parameters(self.model)
+        small, named = adapter_parameters(self.model), named_parameters(self.model)
+        trained = [name for name in self._trained if name not in (*self._heads, *small)]
         for name in (*delta.values, *delta.dense):
             if name not in trained:
                 raise ValueError(
                     f"delta is of another selection: {name!r} is not trained; {remedy}"
                 )
         for name in trained:
-            size = tensors_of(self.model)[name].numel()
-            index = self.selection.indices.get(name, torch.arange(size, device="cpu"))
-            where = replaced[name][0] if name in replaced else torch.empty(0, dtype=torch.int64)
-            where = torch.arange(size, device="cpu") if where is None else where
-            shared = int(torch.isin(index, where.long(), assume_unique=True).sum())
-            if shared < len(where) or (complete and name not in own and shared < len(index)):
+            index = self.selection.indices.get(name, _everything(named[name]))
+            where, values = replaced.get(name, (index[:0], index[:0]))
+            where = _everything(values) if where is None else where.long()
+            shared = int(torch.isin(index, where).sum())
+            if shared < len(where) or (complete and shared < len(index)):
                 raise ValueError(
                     f"delta is of another selection: it has {len(where):,} weights of {name!r}, "
                     f"training has {len(index):,}, they share {shared:,}; {remedy}"
                 )
+
+
+def _everything(tensor: Tensor) -> Tensor:
+    return torch.arange(tensor.numel(), device="cpu")
 
 
 def masked(
@@ -232,15 +225,8 @@ def masked(
     ...     trainer.train()
     >>> tuning.delta().save("task.safetensors")
     """
-    tuning = Tuning(
-        model,
-        selection,
-        dense,
-        head=head,
-        shrinks=shrinks,
-        sampled=sampled,
-        allow_unused=allow_unused,
-    )
+    options = {"shrinks": shrinks, "sampled": sampled, "allow_unused": allow_unused}
+    tuning = Tuning(model, selection, dense, head=head, **options)
     if not _said:
         _said.append(_words(tuning))
         print(_said[0], flush=True)

@@ -1,4 +1,4 @@
-"""The built book as readers meet it in Chromium: no network, explorers that move, no accessibility violation."""
+"""The built book in Chromium: no network, explorers that move, no accessibility violation."""
 
 import functools
 import http.server
@@ -25,7 +25,7 @@ WITH_EXPLORER = [
 
 
 def drive(base, pages, *, axe=False, screenshots=None):
-    """Open `pages` under `base` with the driver and return its report, ``{page: what was seen}``."""
+    """Open `pages` under `base` with the driver; its report is ``{page: what was seen}``."""
     programs = {name: shutil.which(name) for name in ("node", "chromium")}
     missing = [name for name, path in programs.items() if path is None]
     assert not missing, f"not installed: {missing}; `make setup` installs them or says how"
@@ -63,7 +63,7 @@ def report():
 
 @pytest.fixture(scope="session")
 def report_from_disk():
-    """What the driver saw without any server: the title page, the search page, and a page with an explorer."""
+    """What the driver saw without a server: title page, search page, a page with an explorer."""
     return drive(SITE.as_uri() + "/", ["index.html", "search.html?q=gate", *WITH_EXPLORER[:1]])
 
 

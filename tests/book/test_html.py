@@ -1,4 +1,4 @@
-"""The built pages as files: no asset from elsewhere, no broken link, no picture without words, no id given twice."""
+"""The built pages as files: nothing from elsewhere, no broken link, no picture without words."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def ids(page):
 
 
 def local(page, address):
-    """The file and the fragment that an address on a page points to, or None if it leaves the book."""
+    """The file and fragment that an address on a page points to; None if it leaves the book."""
     parts = urlsplit(address)
     if parts.scheme or parts.netloc:
         return None
@@ -135,7 +135,7 @@ def test_colab_button_opens_this_chapter(page):
 
 
 def test_chinese_is_marked_as_chinese():
-    """A screen reader and a font must know, so no Chinese stands outside an element that says so."""
+    """A screen reader and a font must know, so an element says so of all Chinese."""
     unmarked = [
         text
         for page in ("glossary.html", "notation.html")

@@ -1,4 +1,4 @@
-"""The contract of a chapter: its template, equations and exercises, and an execution of exactly what is published."""
+"""The contract of a chapter: template, equations, exercises, and an execution of all of it."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 
 import nbformat
 import pytest
-from execute import BOOK, EXECUTED, chapters, code_cells, page_key, read, records, shared_digest
+from execute import BOOK, EXECUTED, chapters, code_cells, page_key, read, records
 
 PAGES = chapters(BOOK)
 LABEL = re.compile(r"\$\$\s*\(([^()\s]+)\)|\{math\}[^\n]*\n:label:\s*(\S+)")
@@ -42,9 +42,7 @@ def source(page):
 def executed(page, source):
     """The executed copy of the same chapter, which the site is built from."""
     record = records().get(page.name, {})
-    assert record.get("key") == page_key(source, shared_digest()), (
-        f"{page.name} is not executed as it is: make book"
-    )
+    assert record.get("key") == page_key(source), f"{page.name} is not executed as it is: make book"
     return read(EXECUTED / "chapters" / page.name)
 
 
@@ -64,7 +62,7 @@ def labelled(notebook):
 
 
 def checks(notebook):
-    """Every call `check("eq-...", ..., wrong=...)`: label, index of its cell, whether it states a wrong variant."""
+    """Every call `check("eq-...", ..., wrong=...)`: label, cell, whether it has a wrong variant."""
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             for node in ast.walk(ast.parse(cell.source)):

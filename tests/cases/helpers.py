@@ -113,9 +113,9 @@ def chosen(model, **positions):
     return sl.Selection(named, {n: tuple(p.shape) for n, p in model.named_parameters()})
 
 
-def some_of_each(model, count=3, head=(), only=""):
+def some_of_each(model, count=3, head=(), only="", seed=2):
     """A selection of a few random positions in every candidate tensor whose name holds `only`."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     indices, shapes = {}, {}
     for name, p in sl.weights(model, head).items():
         shapes[name] = tuple(p.shape)

@@ -239,21 +239,13 @@ def test_a_batch_encoding_of_a_tokenizer():
     sl.fit(model, sl.full_finetuning(model, lr=1e-3, epochs=1), [batch])
 
 
-def test_batches_on_another_device_are_moved():
+@pytest.mark.gpu
+def test_batches_on_another_device_are_moved(accelerator):
     """A loader gives CPU tensors, the model is on an accelerator: a bare aten error."""
-    from tests.pretended import accelerator
-
-    with accelerator() as device:
-        model = mlp().to(device)
-        scores = sl.squared_gradient(model, [vectors()], loss=cross_entropy, head=())
-        selection = sl.select(scores, 5)
-        records = sl.fit(
-            model,
-            sl.fixed_mask(model, selection, lr=1e-2, epochs=1, head=()),
-            [vectors()],
-            loss=cross_entropy,
-        )
-    assert len(records) == 1
+    model = mlp().to(accelerator)
+    scores = sl.squared_gradient(model, [vectors()], loss=cross_entropy, head=())
+    phases = sl.fixed_mask(model, sl.select(scores, 5), lr=1e-2, epochs=1, head=())
+    assert len(sl.fit(model, phases, [vectors()], loss=cross_entropy)) == 1
 
 
 def test_a_last_batch_of_another_size():

@@ -92,9 +92,12 @@ def test_precise_values_are_float32():
     with sl.masked(model, some_of_each(model, head=None)) as tuning:
         train(model, [*tuning.parameters(), *tuning.dense_parameters()], batch())
         rough, precise = tuning.delta(), tuning.delta(precise=True)
-    for name, values in precise.values.items():
-        assert values.dtype == torch.float32
-        assert torch.equal(values.bfloat16(), rough.values[name].bfloat16())
+    assert all(t.dtype == torch.float32 for t in (*precise.values.values(), *precise.head.values()))
+    models = bert().bfloat16(), bert().bfloat16()
+    for fresh, delta in zip(models, (rough, precise), strict=True):
+        delta.apply(fresh)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, fresh.get_parameter(name)), name
 
 
 def test_a_checkpoint_written_inside_holds_the_models_own_keys(tmp_path):

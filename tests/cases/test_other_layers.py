@@ -298,8 +298,8 @@ def test_other_methods_train_an_encoder_decoder(method):
     model, steps = hf("BartForConditionalGeneration", **LM), []
     before = sl.snapshot(model)
     calls = {
-        "diff_pruning": lambda: sl.diff_pruning(model, 0.05, lr=1e-3, epochs=(2, 1)),
-        "sara": lambda: sl.sara(model, 0.05, lr=1e-3, epochs=2),
+        "diff_pruning": lambda: sl.diff_pruning(model, 0.05, lr_w=1e-2, lr=1e-3, epochs=(2, 1)),
+        "sara": lambda: sl.sara(model, budget=0.05, lr=1e-3, epochs=2),
         "child_tuning_f": lambda: sl.child_tuning_f(model, lr=1e-3, epochs=2),
         "full_finetuning": lambda: sl.full_finetuning(model, lr=1e-3, epochs=2),
     }

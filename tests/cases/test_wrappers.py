@@ -6,13 +6,12 @@ huggingface/peft#1702, mosaicml/llm-foundry#414, pytorch/pytorch#104690.
 
 import copy
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import selective_lite as sl
 from tests.cases.helpers import (
@@ -122,26 +121,43 @@ def test_data_parallel_is_refused():
 
 
 def test_replicas_of_data_parallel_made_inside_are_refused():
-    """What DataParallel does on two GPUs, done by hand: a replica's tensors are not leaves."""
+    """Trainer wraps a model in DataParallel by itself if it sees two GPUs: what a replica is given."""
     model = mlp()
     with sl.masked(model, some_of_each(model), head=()):
-        replica = model._replicate_for_data_parallel()
-        replica._modules["0"] = layer = model[0]._replicate_for_data_parallel()
-        layer._modules["weight_entries"] = entries = layer._modules[
-            "weight_entries"
-        ]._replicate_for_data_parallel()
-        entries._parameters["values"] = model[0]._modules["weight_entries"].values * 1
+        replica = model[0]._replicate_for_data_parallel()
         with refused("DataParallel"):
-            layer(vectors()["x"])
+            replica.weight = model[0].weight.detach()
+            replica(vectors()["x"])
 
 
-def test_fsdp_is_right_or_refused_before_training():
+@pytest.mark.parametrize("style", ["FSDP", "fully_shard"])
+@pytest.mark.parametrize("order", ["mask first", "shard first"])
+@pytest.mark.parametrize("save", ["state_dict", "close"])
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp_is_right_or_refused_before_training(alone, style, order, save):
     """peft#1702, llm-foundry#414: it trained, and could then be neither saved nor written back."""
-    script = Path(__file__).with_name("sharded.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    model = mlp()
+    selection = some_of_each(model)
+    try:
+        if order == "mask first":
+            tuning = sl.masked(model, selection, head=())
+            sharded = shard(model, style)
+        else:
+            sharded = shard(model, style)
+            tuning = sl.masked(sharded, selection, head=())
+        trained = [p for p in sharded.parameters() if p.requires_grad]
+        train(sharded, trained, vectors(), cross_entropy, kind=torch.optim.SGD)
+    except Exception as error:
+        assert any(w in str(error) for w in ("FSDP", "shard", "Distributed")), repr(error)
+    else:
+        _ = sharded.state_dict() if save == "state_dict" else tuning.close()
+
+
+def shard(model, style):
+    """A model whose parameters are spread over the processes of its group."""
+    if style == "FSDP":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 
 
 @pytest.mark.parametrize("kind", ["compact", "LoRA"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.methods.diff_pruning import Relaxed
+from selective_lite.methods.diff_pruning import Relaxed, diff_pruning
 from selective_lite.methods.diff_pruning import calibration as module
 from selective_lite.methods.diff_pruning.calibration import Calibration
 from selective_lite.training import Step
@@ -70,7 +70,7 @@ def test_lambda_is_the_formula_s_and_brakes_on_momentum_before_the_line_is_cross
     calibration = Calibration(relaxed, 5, lam=1e-6)
     optimizer = torch.optim.SGD(relaxed.parameters())
     expected, summed, before = 1e-6, 0.0, 5.0
-    for step, place in ((1, 5.0), (2, 4.9), (3, 4.5), (5, 3.5), (10, 1.2)):
+    for step, place in ((1, 5.0), (2, 4.9), (3, 4.5), (5, 3.5), (8, 3.5), (10, 1.2)):
         assert calibration.penalty().item() == pytest.approx(
             expected * relaxed.expected_l0().item(), rel=1e-5
         )
@@ -80,7 +80,7 @@ def test_lambda_is_the_formula_s_and_brakes_on_momentum_before_the_line_is_cross
         calibration.update(Step(step, 10, optimizer))
         error = place + 9 * (place - before) - (5 - 4 * step / 10)
         error = max(-3.0, min(1.5, error))
-        share = {5: 0.2, 10: 0.5}.get(step, 0.1)
+        share = {5: 0.2, 8: 0.3, 10: 0.2}.get(step, 0.1)
         summed, before = summed + error * share, place
         expected = 1e-6 * math.exp(2 * error + 10 * summed)
         assert calibration.lam == pytest.approx(expected, rel=1e-4)
@@ -88,7 +88,7 @@ def test_lambda_is_the_formula_s_and_brakes_on_momentum_before_the_line_is_cross
     # the same.
     prices = [step["lambda"] for step in calibration.path]
     assert prices[3] < prices[2]
-    assert [step["open"] for step in calibration.path] == [sum(w.numel() for w in relaxed.w)] * 5
+    assert [step["open"] for step in calibration.path] == [sum(w.numel() for w in relaxed.w)] * 6
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -118,3 +118,16 @@ def test_enough_gates_stay_open_and_the_crowd_closes(build, batches, groups, see
     assert calibration.path[0]["open"] == total
     assert k <= calibration.path[-1]["open"] < total / 2
     assert relaxed.project(k)[0].count == k
+
+
+@pytest.mark.parametrize("groups", [None, "tensor"])
+def test_the_method_calibrates_its_relaxed_phase(build, batches, groups):
+    model, k = build("bert"), 300
+    rates = {"lr_w": 0.01, "lr_alpha": 0.4, "lr": 0.01}
+    phase = next(iter(diff_pruning(model, k, epochs=(6, 1), groups=groups, **rates)))
+    total = phase.model.count_open()
+    records = sl.fit(model, [phase], batches("bert", 10))
+    assert total == sum(w.numel() for w in phase.model.w)
+    assert k <= phase.model.count_open() < total / 2
+    penalties = [record["penalty"] for record in records]
+    assert max(penalties) > 100 * penalties[0]  # lambda was raised: E[L0] cannot grow

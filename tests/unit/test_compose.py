@@ -1,4 +1,4 @@
-"""Compose: sums of differences, and switching in place; what cannot be summed is refused, and no model is changed."""
+"""Arithmetic: sums of differences, switching in place, and what cannot be summed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import selective_lite as sl
 
 
 def tuned(build, seed=None, head=None, device="cpu", **shifts):
-    """The toy model with some weights shifted: `first_weight={position: amount}`, a seed for a whole norm, a head."""
+    """The toy model with weights shifted (`first_weight={position: amount}`), a norm, a head."""
     model = build("toy").to(device)
     with torch.no_grad():
         for name, changes in shifts.items():
@@ -105,7 +105,7 @@ def test_heads_must_be_the_same_or_one_is_chosen(build, base):
     ]
     with pytest.raises(
         ValueError,
-        match=r"deltas\[0\] and deltas\[1\] have different heads; give head=0 to head=1, the delta",
+        match=r"different heads; give head=0 to head=1, the delta whose",
     ):
         sl.combine(base, deltas, [1, 1])
     with pytest.raises(ValueError, match="head=2 is not an index of 2 deltas"):

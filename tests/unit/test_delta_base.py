@@ -1,4 +1,4 @@
-"""A delta and its base: what the file says of it, buffers, ties, prefixes, wrappers, and rounding."""
+"""A delta and its base: what the file says of it, buffers, ties, prefixes and wrappers."""
 
 import copy
 import warnings
@@ -227,7 +227,9 @@ def test_a_base_that_ties_differently_is_refused(tied):
     base, other = llama(tied), llama(not tied)
     delta = sl.diff(base, shifted(base, TABLE))
     before = state(other)
-    with pytest.raises(sl.DeltaError, match=r"ties 'model.embed_tokens.weight' to 'lm_head.weight'"):
+    with pytest.raises(
+        sl.DeltaError, match=r"ties 'model.embed_tokens.weight' to 'lm_head.weight'"
+    ):
         delta.apply(other)
     assert same(state(other), before)
     delta.apply(base)
@@ -411,7 +413,9 @@ def test_apply_and_revert_inside_masked_training_say_to_leave_it(build, pick):
     with sl.masked(base, pick(base)):
         before = state(base)
         for act in (lambda: delta.apply(base), applied.revert, lambda: delta.base_values(base)):
-            with pytest.raises(sl.DeltaError, match="model is in masked training; leave that first"):
+            with pytest.raises(
+                sl.DeltaError, match="model is in masked training; leave that first"
+            ):
                 act()
         assert same(state(base), before)
     applied.revert()

@@ -1,4 +1,4 @@
-"""Fuzz: ten thousand damaged and forged files; each is refused, or is the delta that was saved; no model changes."""
+"""Fuzz: ten thousand damaged and forged files: refused, or the delta that was saved."""
 
 import json
 import random
@@ -88,7 +88,7 @@ def cut(content):
 
 
 def damage(content, rng):
-    """One to three wounds: a flipped bit, bytes overwritten, taken out, put in or doubled, the end cut, blocks swapped.
+    """One to three wounds: bits flipped, bytes changed, lost or added, the end cut, blocks swapped.
 
     Half of them are in the header, whose length is a third of the wounds' places there.
     """
@@ -182,7 +182,7 @@ def forged_tensor(tensor, rng):
 
 
 def forge(content, rng):
-    """A file of other tensors, names or metadata, with the checksum that fits them: what an attacker would write."""
+    """A file of other tensors, names or metadata, with a fitting checksum, as by an attacker."""
     header = json.loads(cut(content)[1])
     if rng.randrange(4) == 0:  # the container's own header
         name = rng.choice([key for key in header if key != "__metadata__"])
@@ -236,7 +236,7 @@ def forge(content, rng):
 
 
 def refused(path, content, model, expected):
-    """Whether a file raises DeltaError; if not, the delta loaded is `expected`, or comes and goes without a trace."""
+    """Whether a file raises DeltaError; else it is the `expected` delta, or leaves no trace."""
     path.write_bytes(content)
     tracemalloc.reset_peak()
     start = tracemalloc.get_traced_memory()[0]

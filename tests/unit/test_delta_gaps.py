@@ -1,4 +1,4 @@
-"""Gaps: positions come back as they were, in little more than their entropy; no stream makes more than was declared."""
+"""Gaps: positions come back as they were, and no stream makes more than was declared."""
 
 import lzma
 import math
@@ -102,7 +102,7 @@ def test_positions_that_are_not_increasing_within_the_size_are_seen(index):
 
 @pytest.fixture
 def deltas(build, tmp_path):
-    """A delta of the toy model with single weights, a whole tensor and a head, and the paths of both encodings."""
+    """A delta with single weights, a whole tensor and a head, and the paths of both encodings."""
     base, model = build("toy"), build("toy")
     with torch.no_grad():
         for name, index in (("first.weight", [0, 3, 41]), ("embedding.weight", [7, 60, 65])):

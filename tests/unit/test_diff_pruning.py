@@ -189,6 +189,7 @@ def test_too_few_open_differences_raise(build):
     relaxed = Relaxed(build("toy"))
     with torch.no_grad():
         relaxed.w[0][0, :3] = 1.0
+    assert relaxed.project(3)[0].indices["embedding.weight"].tolist() == [0, 1, 2]
     with pytest.raises(
         ValueError, match="asks for 4 weights, but only 3 differences passed their gates"
     ):
@@ -458,14 +459,16 @@ def test_without_a_gradient_nothing_moves_and_what_was_learned_is_kept(groups):
         assert torch.equal(p, before[name] + kept), name
 
 
-def test_a_location_at_the_threshold_is_closed():
-    phase, _ = begun(sequential())
+@pytest.mark.parametrize("closed", ["weights", "groups"])
+def test_a_location_at_the_threshold_is_closed(closed):
+    relaxed = begun(sequential(), groups="tensor")[0].model
     with torch.no_grad():
-        for log_alpha in phase.model.log_alpha:
-            log_alpha.fill_(phase.model.threshold)
-    assert phase.model.count_open() == 0
+        for p in relaxed.log_alpha:
+            p.fill_(relaxed.threshold if closed == "weights" else 1.0)
+        relaxed.log_alpha_group.fill_(relaxed.threshold if closed == "groups" else 1.0)
+    assert relaxed.count_open() == 0
     with pytest.raises(ValueError, match="only 0 differences passed their gates"):
-        phase.model.project(1)
+        relaxed.project(1)
 
 
 def test_the_seed_decides_what_is_trained():
@@ -475,6 +478,20 @@ def test_the_seed_decides_what_is_trained():
         return [record["loss"] for record in sl.fit(model, method, points(), loss=cross_entropy)]
 
     assert trained(1) == trained(1) != trained(2)
+
+
+def test_the_head_that_is_given_is_trained_whole_in_both_phases(build, batches):
+    model, head = build("toy"), ("second", "classifier")
+    names = list(sl.head_weights(model, head))
+    phases = iter(diff_pruning(model, 5, epochs=(1, 1), head=head, **ON_THE_WAY))
+    before = sl.snapshot(model)
+    assert "second.weight" in names
+    sl.fit(model, [next(phases)], batches("toy", 2))
+    between = sl.snapshot(model)
+    sl.fit(model, phases, batches("toy", 2))
+    for name in names:
+        assert (between[name] != before[name]).all(), name
+        assert (model.get_parameter(name) != between[name]).all(), name
 
 
 def test_a_function_groups_the_gates():
@@ -550,6 +567,7 @@ def test_an_exclusion_that_leaves_too_little_raises(build):
     with pytest.raises(ValueError, match="leaves no weight to gate"):
         diff_pruning(model, 5, epochs=(1, 1), exclude=everything, **ON_THE_WAY)
     few = ("embedding", "first", "second")
+    diff_pruning(model, 14, epochs=(1, 1), exclude=few, **ON_THE_WAY)
     with pytest.raises(ValueError, match="asks for 15 weights, but only 14 are not excluded"):
         diff_pruning(model, 15, epochs=(1, 1), exclude=few, **ON_THE_WAY)
 

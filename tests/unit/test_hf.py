@@ -1,4 +1,4 @@
-"""Hugging Face: a file that knows its base, and a delta at every checkpoint that training resumes."""
+"""Hugging Face: a file that knows its base, and a delta at every checkpoint to resume."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ def shipped(base, folder, **kwargs):
     tuned = type(base).from_pretrained(folder / "base", **kwargs)
     start = sl.snapshot(tuned)
     with torch.no_grad():
-        for name, p in list(tuned.named_parameters())[2::3]:
+        for p in list(tuned.parameters())[2::3]:
             p.view(-1)[:2] += 1
         for p in sl.head_weights(tuned).values():
             p.add_(1)
@@ -212,7 +212,9 @@ def test_resuming_with_a_larger_selection_is_refused(build, pick, train, stopped
     larger = sl.Selection({**chosen.indices, QUERY: more}, chosen.shapes)
     with (
         sl.masked(model, larger),
-        pytest.raises(ValueError, match="another selection: it has 3 .* training has 5, they share 3"),
+        pytest.raises(
+            ValueError, match="another selection: it has 3 .* training has 5, they share 3"
+        ),
     ):
         train(model, resume=str(stopped))
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("transformers", "matplotlib", "ipywidgets", "peft", "selective_lite.lab")
 
 
@@ -23,8 +25,8 @@ def state():
             dict(os.environ), sys.path[:])
 before, loaded = state(), set(sys.modules)
 import selective_lite
-from selective_lite.methods import bitfit, child_tuning, diff_pruning, fish, freezing
-from selective_lite.methods import groups, lt_sft, promises, sara, sora, spt, sweep
+from selective_lite import hf
+from selective_lite.methods import guarantees
 assert state() == before
 new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
 print(*sorted(new - set(sys.stdlib_module_names)), *(name for name in sys.argv[1:] if name in sys.modules))
@@ -64,5 +66,21 @@ with sl.load(sys.argv[1]).apply(model):
 def test_every_public_name_is_there():
     import selective_lite
 
-    assert sorted(selective_lite.__all__) == selective_lite.__all__
-    assert all(getattr(selective_lite, name).__doc__ for name in selective_lite.__all__)
+    names = selective_lite.__all__
+    assert len(set(names)) == len(names)
+    assert all(getattr(selective_lite, name).__doc__ for name in names)
+    assert set(dir(selective_lite)) == {*names, "__version__"}  # what TAB shows
+    assert {"fish", "bitfit", "lt_sft", "masked", "diff", "hf"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("uniform", "random_scores"), ("rule", "select_tensors"), ("dense", "full_finetuning")],
+)
+def test_a_name_of_the_first_edition_still_works_and_says_the_new_one(old, new):
+    import selective_lite
+
+    with pytest.warns(DeprecationWarning, match=f"sl.{old} is now sl.{new}"):
+        assert getattr(selective_lite, old) is getattr(selective_lite, new)
+    with pytest.raises(AttributeError, match="no attribute 'fishes'"):
+        _ = selective_lite.fishes

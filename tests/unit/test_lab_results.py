@@ -1,4 +1,4 @@
-"""Results: a row knows the code that made it, a killed run costs one row, and differences are paired."""
+"""Results: a row knows the code behind it, a killed run costs one row, differences are paired."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tasks: splits that share no text and no document, the same for a seed, batched by length, and evaluated in order."""
+"""Sentiment: splits share no text and no document, batches are by length, answers in order."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The committed rows of `results/`: by today's code, complete, and with rates inside their grids."""
+"""The committed rows of `results/`: by today's code, complete, with rates inside their grids."""
 
 import json
 from pathlib import Path

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "selective_lite"
-FLOORS = ("", "ship", "methods", "lab")  # ground <- ship <- methods <- lab, by the folder's name
+FLOORS = ("", "ship", "hf", "methods", "lab")  # from the ground up, by the folder's or file's name
 DOOR = Path("__init__.py")  # it gives what the floors hold, and is on none
 LAYOUT = {
     tokenize.COMMENT,
@@ -55,7 +55,7 @@ def imports(text, place):
 
 
 def floor(module):
-    folder = module.split("/")[0]
+    folder = module.split("/")[0].removesuffix(".py")
     return FLOORS.index(folder) if folder in FLOORS else 0
 
 
@@ -78,10 +78,12 @@ def test_lines_of_code_are_counted_without_docstrings_comments_and_blank_lines()
     assert code_lines(text + "\n\nclass C:\n    '''Doc.'''\n\n    y: int = 1\n") == 8
 
 
-def test_the_ground_floor_has_at_most_1200_lines():
-    counts = {str(path): code_lines(text) for path, text in sources("*.py").items()}
+def test_the_ground_floor_with_its_layers_has_fewer_than_1400_lines():
+    texts = {**sources("*.py"), **sources("layers/*.py")}
+    ground = {path: text for path, text in texts.items() if path not in (DOOR, Path("hf.py"))}
+    counts = {str(path): code_lines(text) for path, text in ground.items()}
     assert {"params.py", "selection.py", "training.py"} <= set(counts)
-    assert sum(counts.values()) <= 1200, counts
+    assert sum(counts.values()) < 1400, counts
 
 
 def test_the_ship_has_at_most_600_lines():
@@ -91,7 +93,7 @@ def test_the_ship_has_at_most_600_lines():
 
 
 def test_a_method_has_at_most_150_lines():
-    counts = {str(path): code_lines(text) for path, text in sources("methods/*.py").items()}
+    counts = {str(path): code_lines(text) for path, text in sources("methods/**/*.py").items()}
     assert len(counts) > 10
     assert {path: count for path, count in counts.items() if count > 150} == {}
 

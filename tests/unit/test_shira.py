@@ -1,4 +1,4 @@
-"""SHiRA: peft itself loads the folder and computes what the delta does; what does not fit leaves no file behind."""
+"""SHiRA: peft loads the folder and computes what the delta does; what does not fit raises."""
 
 import copy
 
@@ -61,7 +61,7 @@ def test_a_model_without_a_new_head_fits_too(build, batches, tmp_path):
 
 
 class Nested(nn.Module):
-    """A layer's path is the end of another one's, and holds a dot that a pattern would take for any sign."""
+    """A layer's path is the end of another one's, and holds a dot, which in a pattern is any."""
 
     def __init__(self):
         super().__init__()

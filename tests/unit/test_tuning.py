@@ -114,7 +114,11 @@ def test_buffers_and_a_head_that_is_given_are_in_it(tmp_path):
     assert content(tuning.delta(), tmp_path / "after") == inside
     diff = sl.diff(before, model, head=("classifier.bias",))
     assert content(diff, tmp_path / "diff") == inside
-    assert set(diff.buffers) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert set(diff.buffers) == {
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
     assert set(diff.head) == {"classifier.bias"}
 
 
@@ -305,7 +309,9 @@ def test_another_head_model_base_or_a_closed_training_is_refused(build, pick, da
     fresh = build("toy")
     with (
         sl.masked(fresh, pick(fresh), head=()) as tuning,
-        pytest.raises(ValueError, match="do not have the same head: only one has 'classifier.bias'"),
+        pytest.raises(
+            ValueError, match="do not have the same head: only one has 'classifier.bias'"
+        ),
     ):
         tuning.resume(delta)
     foreign = build("toy", seed=1)
@@ -317,7 +323,9 @@ def test_another_head_model_base_or_a_closed_training_is_refused(build, pick, da
     bert = build("bert")
     with (
         sl.masked(bert, pick(bert)) as tuning,
-        pytest.raises(ValueError, match="delta has 'embedding.weight', the model in training has no"),
+        pytest.raises(
+            ValueError, match="delta has 'embedding.weight', the model in training has no"
+        ),
     ):
         tuning.resume(delta)
     fresh.second = nn.Linear(7, 4, bias=False)
@@ -341,7 +349,8 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.classifier = nn.Linear(2, 3), nn.Linear(3, 2)
 model = Net()
-chosen = sl.Selection({"first.weight": torch.tensor([0, 4])}, {"first.weight": (3, 2), "first.bias": (3,)})
+shapes = {"first.weight": (3, 2), "first.bias": (3,)}
+chosen = sl.Selection({"first.weight": torch.tensor([0, 4])}, shapes)
 for _ in range(2):
     with sl.masked(model, chosen):
         pass

@@ -27,6 +27,8 @@ PACKAGE = Path(str(importlib.resources.files(NAME)))
 # recipes (a row names its own), where rows are kept, assets (pinned by their hashes).
 APART = "# provenance: apart"
 READS = "# provenance: apart, reads results"
+# Nor does a page: it asks whether its rows are stale, which takes all code that makes rows.
+OF_PAGES = "# provenance: apart, of pages too"
 
 Root = str | Callable[..., Any]
 
@@ -66,7 +68,7 @@ def page_hash(cells: Iterable[str], files: Iterable[Path] = ()) -> str:
     """SHA-256 of what a page's outputs follow from: its code, what this uses, and results.
 
     Comments and layout of the cells do not count. A script in a text of the page is followed, as
-    are, unlike for a row, definitions that are apart.
+    are, unlike for a row, definitions that are apart (but for those apart of pages too).
 
     Parameters
     ----------
@@ -87,7 +89,7 @@ def page_hash(cells: Iterable[str], files: Iterable[Path] = ()) -> str:
             except SyntaxError:  # a command, or prose
                 continue
     used = [place for script in scripts for place in library.used(script)]
-    places = _reach(library, used, ())
+    places = _reach(library, used, library.apart_of_pages)
     seen = [ast.dump(tree) for tree in code]
     if places & library.readers:
         texts = _texts([*code, *(node for place in places for node in library.nodes(place))])
@@ -96,7 +98,7 @@ def page_hash(cells: Iterable[str], files: Iterable[Path] = ()) -> str:
             for file in sorted(files)
             if _is_joined(file.name, texts)
         ]
-    return _sha([*seen, _digest(library, used, ())])
+    return _sha([*seen, _digest(library, used, library.apart_of_pages)])
 
 
 class _Module:
@@ -145,8 +147,10 @@ class _Library:
             for module in self.modules.values()
             for name, mark in module.marks.items()
         }
-        self.apart = {place for place, mark in marks.items() if mark.startswith(APART)}
-        self.readers = {place for place, mark in marks.items() if mark.startswith(READS)}
+        self.apart, self.readers, self.apart_of_pages = (
+            {place for place, mark in marks.items() if mark.startswith(kind)}
+            for kind in (APART, READS, OF_PAGES)
+        )
         self._written: dict[Place, tuple[str, list[Place]]] = {}
 
     def find(self, root: Root) -> Place:
@@ -208,6 +212,11 @@ class _Library:
 
 
 _library = cache(_Library)
+
+
+def reread() -> None:
+    """Read the package again when it is next asked about: its files may have changed since."""
+    _library.cache_clear()
 
 
 def _digest(library: _Library, roots: Iterable[Place], apart: Collection[Place]) -> str:

@@ -54,6 +54,7 @@ def place(definition: Callable[..., Any]) -> str:
     return f"{file.relative_to(PACKAGE).as_posix()}:{definition.__qualname__}"
 
 
+# provenance: apart, of pages too: a test says whether rows are stale
 def roots_of(row: Row) -> Roots:
     """Definitions that a row follows from: by its study and config, else those that it names.
 

@@ -251,7 +251,7 @@ def sweep(study: Study, config: Config) -> Row:
         try:
             train(model, data.train, config, method)
         except ValueError as error:
-            if "loss is" not in str(error):
+            if "lower the learning rate" not in str(error):
                 raise
             return -math.inf
         return sign * study.validate(model, data)
