@@ -339,8 +339,6 @@ def sara(
         At the call for a bad option or selection (the model is unchanged); from the phase, as
         `SaRASchedule.find_step` and `SaRASchedule.update` do.
     """
-    if (threshold is None) is (budget is None):
-        raise ValueError("give one of threshold (|w| below it) and budget (the k smallest)")
     allowed = 0 < reselect < 1 if isinstance(reselect, float) else reselect is None or reselect >= 1
     if isinstance(reselect, bool) or not allowed:
         raise ValueError(
@@ -348,12 +346,14 @@ def sara(
         )
     if not lam >= 0:
         raise ValueError(f"lam={lam} must not be negative; 0 leaves the nuclear norm out")
-    if threshold is not None:
-        selection = smaller_than(model, threshold, head, exclude)
-    elif budget is not None:
+    if threshold is not None and budget is None:
+        selection, bound = smaller_than(model, threshold, head, exclude), threshold
+    elif budget is not None and threshold is None:
         selection = smallest(model, budget, head, exclude)
-        threshold = _above(model, selection)
-    rate = learning_rate(threshold) if lr is None else lr
+        bound = _above(model, selection)
+    else:
+        raise ValueError("give one of threshold (|w| below it) and budget (the k smallest)")
+    rate = learning_rate(bound) if lr is None else lr
     check_options("SaRA", epochs=epochs, lr=rate, lr_head=lr_head, weight_decay=weight_decay)
     check_selection(model, selection, head=head)
     if lam and not any(len(selection.indices[n]) > FEWEST for n in ranked(selection, min_side)):
@@ -365,7 +365,7 @@ def sara(
     def phases() -> Generator[Phase, None, None]:
         with MaskedTraining(model, selection, head=head, shrinks=reselect is not None) as training:
             state = SaRASchedule(
-                training, threshold, reselect=reselect, lam=lam, min_side=min_side, seed=seed
+                training, bound, reselect=reselect, lam=lam, min_side=min_side, seed=seed
             )
             common: Group = {"weight_decay": weight_decay, "schedule": schedule}
             groups: list[Group] = [{"params": training.parameters(), "lr": rate, **common}]
