@@ -19,7 +19,7 @@ from .memory import activation_bytes, ledger, predicted_ledger
 from .methods.bitfit import bitfit
 from .methods.child_tuning import child_tuning, child_tuning_f
 from .methods.diff_pruning import diff_pruning
-from .methods.fish import fish, fisher_information
+from .methods.fish import expected_squared_gradient, fish, fisher_information
 from .methods.freezing import last_layers, layerwise_rates
 from .methods.lt_sft import lt_sft
 from .methods.sara import sara, smaller_than, smallest
@@ -28,7 +28,6 @@ from .methods.spt import allocate, spt
 from .params import head_weights, resolve_budget, snapshot, weights
 from .scores import (
     exclude,
-    expected_squared_gradient,
     gradient_magnitude,
     magnitude,
     movement,

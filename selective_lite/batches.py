@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .params import device_of
-
 Batch = Any  # a mapping of tensors, or a tuple or list of them
+Batches = Iterable[Batch]
 Loss = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # the label that torch's and transformers' losses leave out
+OWN_LOSS = "give loss=, a function of model and batch"
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -27,22 +27,27 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         If the model returns no loss, as without labels.
     """
     if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"batches holds a {type(batch).__name__}, and model(**batch) takes mappings; give "
-            "loss=, a function of model and batch"
-        )
+        kind = type(batch).__name__
+        raise TypeError(f"batches holds a {kind}, and model(**batch) takes mappings; {OWN_LOSS}")
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
-        raise ValueError(
-            f"model returned no loss for a batch with {list(batch)}; add 'labels' to the batches, "
-            "or give loss=, a function of model and batch"
-        )
+        lack = f"model returned no loss for a batch with {list(batch)}"
+        raise ValueError(f"{lack}; add 'labels' to the batches, or {OWN_LOSS}")
     return loss
 
 
-def check_loss(loss: Tensor, batch: Batch, where: str) -> None:
-    """Raise a `ValueError` that names the likely cause if a loss is not finite."""
-    if torch.isfinite(loss).all():
+def check_loss(loss: Any, batch: Batch, where: str) -> None:
+    """Raise an error that names the likely cause unless a loss is one finite number to train on."""
+    if not torch.is_tensor(loss) or loss.numel() != 1:
+        got = (
+            f"of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"a {type(loss).__name__}"
+        )
+        raise TypeError(f"loss is {got} {where}; it must be a tensor of one number, the mean")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"loss has no gradient {where}: it was detached, or no trained weight is in it"
+        )
+    if torch.isfinite(loss):
         return
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if torch.is_tensor(labels) and bool((labels == IGNORED).all()):
@@ -55,8 +60,8 @@ def check_loss(loss: Tensor, batch: Batch, where: str) -> None:
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:
     """A batch with its tensors on the model's device; as it is if the model is on several."""
-    device = device_of(model)
-    if device is None or device.type == "meta":
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or (device := devices.pop()).type == "meta":
         return batch
     return _each(batch, lambda value: value.to(device) if torch.is_tensor(value) else value)
 
@@ -71,10 +76,14 @@ def batch_size(batch: Batch) -> int:
     ValueError
         If a tensor's first dimension is not the sample, or there is no tensor.
     """
-    items = batch.items() if isinstance(batch, Mapping) else enumerate(_sequence(batch))
-    sizes = {key: len(value) for key, value in items if torch.is_tensor(value) and value.dim()}
+    if not isinstance(batch, (Mapping, tuple, list)):
+        kind = type(batch).__name__
+        raise TypeError(f"batches holds a {kind}; per-sample scores take mappings, tuples or lists")
+    items = dict(batch if isinstance(batch, Mapping) else enumerate(batch))
+    sizes = {k: len(value) for k, value in items.items() if torch.is_tensor(value) and value.dim()}
     if not sizes:
-        raise ValueError(f"batch holds no tensor with a sample dimension, only {_kinds(batch)}")
+        kinds = sorted({type(value).__name__ for value in items.values()})
+        raise ValueError(f"batch holds no tensor with a sample dimension, only {kinds}")
     size = sizes.get("labels") or Counter(sizes.values()).most_common(1)[0][0]
     for key, own in sizes.items():
         if own != size:
@@ -109,17 +118,3 @@ def _each(batch: Batch, function: Callable[[Any], Any]) -> Batch:
         parts = [function(value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return function(batch)
-
-
-def _sequence(batch: Batch) -> Any:
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(
-            f"batches holds a {type(batch).__name__}; per-sample scores take mappings, tuples or "
-            "lists of tensors"
-        )
-    return batch
-
-
-def _kinds(batch: Batch) -> list[str]:
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return sorted({type(value).__name__ for value in values})

@@ -13,28 +13,24 @@ import torch
 from torch import Tensor, nn
 
 Stretch = tuple[float, float]
+BETA, BOUNDS = 2 / 3, (-0.1, 1.1)  # the authors' temperature and stretch
 EPS = 1e-6  # u is kept in [EPS, 1 - EPS], as in the authors' code: log u must be finite
 
 
-def check_stretch(stretch: Stretch) -> None:
-    """Raise a `ValueError` unless l < 0 and r > 1: only then can a gate be exactly 0 or 1."""
-    left, right = stretch
-    if not (left < 0 and right > 1):
+def check_stretch(stretch: Stretch, beta: float = BETA) -> Stretch:
+    """The stretch (l, r); a `ValueError` unless l < 0 and r > 1: only then is a gate 0 or 1.
+
+    And unless `beta` is positive.
+    """
+    if not (stretch[0] < 0 and stretch[1] > 1):
         raise ValueError(f"stretch={tuple(stretch)} must have l < 0 and r > 1, e.g. (-0.1, 1.1)")
-
-
-def _check_beta(beta: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta={beta} must be positive; 2/3 is the authors' temperature")
+    return stretch
 
 
 def hard_concrete(
-    log_alpha: Tensor,
-    u: Tensor,
-    *,
-    beta: float = 2 / 3,
-    stretch: Stretch = (-0.1, 1.1),
-    eps: float = EPS,
+    log_alpha: Tensor, u: Tensor, *, beta: float = BETA, stretch: Stretch = BOUNDS, eps: float = EPS
 ) -> Tensor:
     """A sample of the gate (Louizos et al. 2018, eq. 10 and 11).
 
@@ -45,9 +41,9 @@ def hard_concrete(
     u
         Uniform noise in [0, 1], same shape; clamped to [eps, 1 - eps].
     beta
-        Temperature, > 0. Diff Pruning uses 1.
+        Temperature, > 0; default 2/3. Diff Pruning uses 1.
     stretch
-        (l, r) with l < 0 and r > 1. Diff Pruning uses (-1.5, 1.5).
+        (l, r) with l < 0 and r > 1; default (-0.1, 1.1). Diff Pruning uses (-1.5, 1.5).
     eps
         Bound on `u`; Diff Pruning's code uses 1e-4.
 
@@ -61,33 +57,26 @@ def hard_concrete(
     ValueError
         If `stretch` or `beta` is outside its range.
     """
-    check_stretch(stretch)
-    _check_beta(beta)
-    left, right = stretch
+    left, right = check_stretch(stretch, beta)
     # (eq-concrete)  s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
     s = torch.sigmoid((torch.logit(u, eps) + log_alpha) / beta)
     # (eq-stretch)   s_bar = s (r - l) + l,   z = min(1, max(0, s_bar))
     return (s * (right - left) + left).clamp(0, 1)
 
 
-def open_probability(
-    log_alpha: Tensor, *, beta: float = 2 / 3, stretch: Stretch = (-0.1, 1.1)
-) -> Tensor:
+def open_probability(log_alpha: Tensor, *, beta: float = BETA, stretch: Stretch = BOUNDS) -> Tensor:
     """P(z != 0), the expected L0 norm in closed form (Louizos et al. 2018, eq. 12).
 
     Arguments and errors as in `hard_concrete`.
     """
-    check_stretch(stretch)
-    _check_beta(beta)
-    left, right = stretch
+    left, right = check_stretch(stretch, beta)
     # (eq-open)  P(z != 0) = sigmoid(log_alpha - beta log(-l / r))
     return torch.sigmoid(log_alpha - beta * math.log(-left / right))
 
 
-def deterministic_gate(log_alpha: Tensor, *, stretch: Stretch = (-0.1, 1.1)) -> Tensor:
+def deterministic_gate(log_alpha: Tensor, *, stretch: Stretch = BOUNDS) -> Tensor:
     """The gate at test time, without noise and without beta (Louizos et al. 2018, eq. 13)."""
-    check_stretch(stretch)
-    left, right = stretch
+    left, right = check_stretch(stretch)
     # (eq-deterministic)  z = min(1, max(0, sigmoid(log_alpha)(r - l) + l))
     return (torch.sigmoid(log_alpha) * (right - left) + left).clamp(0, 1)
 
@@ -122,17 +111,15 @@ class HardConcrete(nn.Module):
         self,
         shape: Sequence[int],
         *,
-        beta: float = 2 / 3,
-        stretch: Stretch = (-0.1, 1.1),
+        beta: float = BETA,
+        stretch: Stretch = BOUNDS,
         eps: float = EPS,
         log_alpha: float = 0.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_stretch(stretch)
-        _check_beta(beta)
-        self.beta, self.stretch, self.eps = beta, stretch, eps
+        self.beta, self.stretch, self.eps = beta, check_stretch(stretch, beta), eps
         start = torch.full(tuple(shape), float(log_alpha), dtype=dtype, device=device)
         self.log_alpha = nn.Parameter(start)
 

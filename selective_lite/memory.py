@@ -1,4 +1,4 @@
-"""Ledger: the bytes of training by kind, measured and predicted; what selecting saves, and what it does not."""
+"""Ledger: the bytes of training by kind, measured and predicted; what selecting saves, or not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Loss, model_loss
-from .layers.entries import Entries, Selected, dense_of, entries_of
+from .heads import Head, Names
+from .layers.entries import Entries, dense_of, entries_of
 from .layers.masked import check_selection, footprint_of, gathers
-from .params import (
-    check_prefixes,
-    in_masked_training,
-    is_under,
-    named_parameters,
-    owners,
-    preserve_modes,
-)
+from .layers.sampled import precise
+from .params import in_masked_training, named_parameters, names_under, owners, preserve_modes
 from .selection import Selection
 
 
@@ -46,35 +41,28 @@ def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     index = [buffer for module in entries for buffer in module.buffers()]
     ours = {id(buffer) for buffer in index}
     weights = [*model.parameters(), *(b for b in model.buffers() if id(b) not in ours)]
-    passing = [
-        dense_of(*places[0])
-        for places in owners(model).values()
-        if _trains_entries(*places[0]) and gathers(places)
-    ]
+    partly = [at for at in owners(model).values() if _in_part(*at[0])]
     state = [] if optimizer is None else [t for s in optimizer.state.values() for t in s.values()]
     return {
         "weights": _bytes(weights),
         "gradients": _bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": _bytes(state),
         "index": _bytes(index),
-        "passing": _bytes(passing),
+        "passing": _bytes(dense_of(*places[0]) for places in partly if gathers(places)),
     }
 
 
-def _trains_entries(module: nn.Module, attribute: str) -> bool:
-    return (
-        isinstance(module, Selected)
-        and attribute in type(module).attributes
-        and (entries_of(module, attribute).index is not None)
-    )
+def _in_part(module: nn.Module, attribute: str) -> bool:
+    entries = entries_of(module, attribute)
+    return isinstance(entries, Entries) and entries.index is not None
 
 
 def predicted_ledger(
     model: nn.Module,
     selection: Selection | None = None,
-    dense: Sequence[str] = (),
+    dense: Names = (),
     *,
-    head: Sequence[str] | None = None,
+    head: Head = None,
     beside: Iterable[Tensor] = (),
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> dict[str, int]:
@@ -91,8 +79,8 @@ def predicted_ledger(
         An ordinary one; on the meta device too, so that a model that does not fit can be asked
         about.
     selection, dense, head
-        As in `masked`; the head is trained with a selection only. Without the first two and with nothing beside, every floating-point weight is
-        trained.
+        As in `masked`; the head is trained with a selection only. Without the first two and with
+        nothing beside, every floating-point weight is trained.
     beside
         Tensors that will be added and trained, such as a LoRA's or gates; only their shapes and
         dtypes count.
@@ -116,13 +104,10 @@ def predicted_ledger(
         raise ValueError("model is in masked training: leave that first, or measure it with ledger")
     named, places = named_parameters(model), owners(model)
     indices = selection.indices if selection else {}
-    also: list[str] = []
-    if selection is not None:
-        heads, also = check_selection(model, selection, dense, head)
-        also = [*heads, *also]
-    elif dense:
-        prefixes = check_prefixes(dense, named, "dense")
-        also = [name for name in named if is_under(name, prefixes)]
+    if selection is None:
+        also = names_under(dense, named, "dense")
+    else:
+        also = [*chain(*check_selection(model, selection, dense, head))]
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
     parts = [footprint_of(index, named[name], places[name]) for name, index in partly.items()]
     added = [*beside, *(_like(named[n], (len(index),)) for n, index in partly.items())]
@@ -131,10 +116,8 @@ def predicted_ledger(
     added += [_like(named[name], named[name].shape) for name in whole if name in halves]
     if not added and not whole:
         whole = [name for name, p in named.items() if p.is_floating_point()]
-    trained = [
-        nn.Parameter(torch.empty_like(t, device="meta"))
-        for t in (*added, *(named[name] for name in whole if name not in halves))
-    ]
+    added_and_own = (*added, *(named[name] for name in whole if name not in halves))
+    trained = [nn.Parameter(torch.empty_like(t, device="meta")) for t in added_and_own]
     for p in trained:
         p.grad = torch.empty_like(p)
     stepped = optimizer(trained)
@@ -150,8 +133,7 @@ def predicted_ledger(
 
 def _like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A compact parameter or master of a tensor, on the meta device."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(*shape, dtype=precise(tensor), device="meta")
 
 
 def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> int:
@@ -173,26 +155,19 @@ def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> i
         ``(model, batch) -> scalar``.
     """
     kept: dict[int, Tensor] = {}
-    hooks = torch.autograd.graph.saved_tensors_hooks(
+    keep = torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault(id(t), t), lambda t: t
     )
-    with preserve_modes(model), torch.enable_grad(), hooks:
+    with preserve_modes(model), torch.enable_grad(), keep:
         model.train()
         loss(model, batch)
-    own = [
-        *model.parameters(),
-        *model.buffers(),
-        *(batch.values() if isinstance(batch, Mapping) else batch),
-    ]
+    inputs = batch.values() if isinstance(batch, Mapping) else batch
+    own = [*model.parameters(), *model.buffers(), *inputs]
     return _bytes([*kept.values(), *own]) - _bytes(own)
 
 
 def _bytes(values: Iterable[Any]) -> int:
     # Storages are told apart by their address in C++, not by the data's, which is 0 on the meta
     # device.
-    return sum(
-        {
-            s._cdata: s.nbytes()
-            for s in (t.untyped_storage() for t in filter(torch.is_tensor, values))
-        }.values()
-    )
+    storages = (value.untyped_storage() for value in values if torch.is_tensor(value))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
-BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.")
-
 # What a parameter does, by the names that `transformers`, timm and torchvision give; first match.
 KINDS = (
     ("norm, bias", r"norm|\bln_|\.bias$|^bias$|_bias$"),
@@ -29,13 +26,13 @@ def layer_of(name: str) -> int | None:
     >>> layer_of("bert.encoder.layer.3.output.dense.weight")
     3
     """
-    found = NUMBER.search(name)
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def block_of(name: str) -> str | None:
     """The numbered block that a weight is in, such as ``"encoder.layer.3"``, else None."""
-    found = BLOCK.match(name)
+    found = re.match(r"((?:.*?\.)?\d+)\.", name)
     return found[1] if found else None
 
 

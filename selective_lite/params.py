@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .heads import find_head
+from .heads import Head, Names, find_head
 from .layers.entries import Entries
 
+Budget = int | float
+Parameters = dict[str, nn.Parameter]
+Place = tuple[nn.Module, str]  # where a parameter is registered: a module, and the attribute's name
 # Modules that hold the real one as a child, and put their own word into every name.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -25,59 +27,56 @@ def unwrap(model: nn.Module) -> nn.Module:
     TypeError
         For ``nn.DataParallel``, whose copies of the model would train nothing.
     """
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise TypeError(
-                "model is wrapped in nn.DataParallel, whose replicas cannot train a selection; "
-                "use DistributedDataParallel (torchrun), or one GPU"
-            )
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "model is wrapped in nn.DataParallel, whose replicas cannot train a selection; use "
+            "DistributedDataParallel (torchrun), or one GPU"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrap(model.module)
+    compiled = type(model).__name__ == "OptimizedModule"
+    inner = model._modules.get("_orig_mod") if compiled else None
+    return model if inner is None else unwrap(inner)
 
 
 def clean(name: str) -> str:
     """A dotted name without the words that wrappers put into it."""
-    if not any(word in name for word in WRAPPED):
-        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every place a parameter is registered at, the compact values of masked training left out."""
-    for path, module in unwrap(model).named_modules():
-        if not isinstance(module, Entries):
-            prefix = clean(path) + "." if clean(path) else ""
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield prefix + attribute, module, attribute, parameter
+def _registered(
+    model: nn.Module, kind: str = "_parameters", every_name: bool = False
+) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Every place a tensor is registered at, the compact values of masked training left out."""
+    for path, module in unwrap(model).named_modules(remove_duplicate=not every_name):
+        held = {} if isinstance(module, Entries) else getattr(module, kind)
+        for attribute, tensor in held.items():
+            if tensor is not None:
+                yield clean(f"{path}.{attribute}".lstrip(".")), module, attribute, tensor
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(model: nn.Module) -> Parameters:
     """Every unique parameter by its canonical (first) name, in model order.
 
     Wrappers leave no trace in the names, and the compact values of masked training are left out.
     """
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, _, _, parameter in _registered(model):
-        found.setdefault(id(parameter), (name, parameter))
-    return dict(found.values())
+    return _unique(_registered(model))
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Every unique buffer that a ``state_dict`` holds, by its first name, in model order."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for path, module in unwrap(model).named_modules():
-        for attribute, buffer in module._buffers.items():
-            if buffer is not None and attribute not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), (clean(f"{path}.{attribute}".lstrip(".")), buffer))
-    return dict(found.values())
+    places = _registered(model, "_buffers")
+    return _unique(at for at in places if at[2] not in at[1]._non_persistent_buffers_set)
 
 
-def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+def _unique(places: Iterable[tuple[str, nn.Module, str, Any]]) -> dict[str, Any]:
+    first: dict[int, tuple[str, Any]] = {}
+    for name, _, _, tensor in places:
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def owners(model: nn.Module) -> dict[str, list[Place]]:
     """Every place each parameter is registered at, by its canonical (first) name.
 
     A tied parameter has one canonical name and several places.
@@ -92,23 +91,19 @@ def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     dict
         ``{name: [(module, attribute), ...]}`` in model order.
     """
-    names = {id(p): name for name, p in named_parameters(model).items()}
-    places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names.values()}
-    for _, module, attribute, parameter in _registered(model):
-        places[names[id(parameter)]].append((module, attribute))
-    return places
+    found: dict[int, tuple[str, list[Place]]] = {}
+    for name, module, attribute, p in _registered(model):
+        found.setdefault(id(p), (name, []))[1].append((module, attribute))
+    return dict(found.values())
 
 
 def ties(model: nn.Module) -> dict[str, list[str]]:
     """The other names of every tied parameter, ``{canonical name: [other names]}``."""
     names = {id(p): name for name, p in named_parameters(model).items()}
     found: dict[str, list[str]] = {}
-    for path, module in unwrap(model).named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            name = clean(f"{path}.{attribute}".lstrip("."))
-            canonical = names.get(id(parameter))
-            if canonical is not None and name != canonical:
-                found.setdefault(canonical, []).append(name)
+    for name, _, _, p in _registered(model, every_name=True):
+        if name != (canonical := names[id(p)]):
+            found.setdefault(canonical, []).append(name)
     return found
 
 
@@ -117,21 +112,23 @@ def is_under(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def check_prefixes(
-    prefixes: str | Sequence[str], names: Collection[str], argument: str
-) -> tuple[str, ...]:
+def check_prefixes(prefixes: Names, names: Collection[str], argument: str) -> tuple[str, ...]:
     """The prefixes as a tuple; a `ValueError` says the first that fits none of `names`."""
     found = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
     for prefix in found:
         if not any(is_under(name, (prefix,)) for name in names):
-            known = next(iter(names), None)
-            raise ValueError(
-                f"{argument}={prefix!r} names no parameter; give names or prefixes, such as {known!r}"
-            )
+            remedy = f"give names or prefixes, such as {next(iter(names), None)!r}"
+            raise ValueError(f"{argument}={prefix!r} names no parameter; {remedy}")
     return found
 
 
-def _head_prefixes(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
+def names_under(prefixes: Names, names: Collection[str], argument: str) -> list[str]:
+    """Those of `names` that are one of `prefixes` or lie below one; raises as `check_prefixes`."""
+    found = check_prefixes(prefixes, names, argument)
+    return [name for name in names if is_under(name, found)]
+
+
+def _head_prefixes(model: nn.Module, head: Head) -> tuple[str, ...]:
     if head is None:
         return tuple(map(clean, find_head(unwrap(model))))
     return check_prefixes(head, named_parameters(model), "head")
@@ -148,9 +145,7 @@ def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def weights(
-    model: nn.Module, head: Sequence[str] | None = None, *, with_frozen: bool = False
-) -> dict[str, nn.Parameter]:
+def weights(model: nn.Module, head: Head = None, *, with_frozen: bool = False) -> Parameters:
     """The candidates of a selection: unique floating-point parameters outside the task head.
 
     Parameters
@@ -175,27 +170,19 @@ def weights(
     ValueError
         If a prefix names nothing, no candidate is left, or a parameter is sharded.
     """
-    prefixes = _head_prefixes(model, head)
-    named = named_parameters(model).items()
-    outside = {name: p for name, p in named if not is_under(name, prefixes)}
-    found = {name: p for name, p in outside.items() if _trainable_type(name, p)}
+    prefixes, named = _head_prefixes(model, head), named_parameters(model).items()
+    found = {n: p for n, p in named if not is_under(n, prefixes) and _trainable_type(n, p)}
     if not found:
-        raise ValueError(
-            f"model has no floating-point parameter outside its head {prefixes}, so nothing can be "
-            "selected (quantized tensors cannot)"
-        )
+        lack = f"model has no floating-point parameter outside its head {prefixes}"
+        raise ValueError(f"{lack}, so nothing can be selected (quantized tensors cannot)")
     free = {name: p for name, p in found.items() if p.requires_grad}
     return free if free and not with_frozen and not in_masked_training(model) else found
 
 
-def head_weights(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+def head_weights(model: nn.Module, head: Head = None) -> Parameters:
     """The parameters of the task head, ``{name: parameter}``; arguments, errors as `weights`."""
-    prefixes = _head_prefixes(model, head)
-    return {
-        name: p
-        for name, p in named_parameters(model).items()
-        if is_under(name, prefixes) and _trainable_type(name, p)
-    }
+    prefixes, named = _head_prefixes(model, head), named_parameters(model).items()
+    return {n: p for n, p in named if is_under(n, prefixes) and _trainable_type(n, p)}
 
 
 def in_masked_training(model: nn.Module) -> bool:
@@ -203,7 +190,7 @@ def in_masked_training(model: nn.Module) -> bool:
     return any(isinstance(module, Entries) for module in unwrap(model).modules())
 
 
-def resolve_budget(budget: int | float, total: int) -> int:
+def resolve_budget(budget: Budget, total: int) -> int:
     """Turn a budget into a number of weights: a count itself, or round(fraction * total).
 
     Parameters
@@ -225,27 +212,17 @@ def resolve_budget(budget: int | float, total: int) -> int:
     ValueError
         If it lies outside its range, or rounds to no weight at all.
     """
+    kinds = "give a count (int) or a fraction in (0, 1] (float)"
     if isinstance(budget, bool):
-        raise TypeError(
-            f"budget={budget} is a bool; give a count (int) or a fraction in (0, 1] (float)"
-        )
-    if isinstance(budget, float):
-        if not 0 < budget <= 1:
-            raise ValueError(
-                f"budget={budget} is outside (0, 1]; give a fraction, or an int to count weights"
-            )
-        k = round(budget * total)
-        if k == 0:
-            raise ValueError(
-                f"budget={budget} of {total} weights rounds to none; give a larger fraction"
-            )
-        return k
+        raise TypeError(f"budget={budget} is a bool; {kinds}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"budget={budget} is outside (0, 1]; {kinds}")
     try:
-        k = operator.index(budget)
+        k = round(budget * total) if isinstance(budget, float) else operator.index(budget)
     except TypeError:
-        raise TypeError(
-            f"budget={budget!r} is not a number; give a count (int) or a fraction in (0, 1] (float)"
-        ) from None
+        raise TypeError(f"budget={budget!r} is not a number; {kinds}") from None
+    if k == 0 and isinstance(budget, float):
+        raise ValueError(f"budget={budget} of {total} weights rounds to none; give a larger one")
     if not 1 <= k <= total:
         raise ValueError(f"budget={k} is outside [1, {total}], the number of candidate weights")
     return k
@@ -294,17 +271,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def device_of(model: nn.Module) -> torch.device | None:
-    """The one device that all parameters are on; None where they are on several, or there is none."""
-    devices = {p.device for p in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
+def one_of(argument: str, value: object, allowed: tuple) -> None:
+    """Raise a `ValueError` unless an argument's value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is unknown; choose one of {allowed}")
 
 
 def check_names(given: Iterable[str], known: Collection[str], argument: str) -> None:
     """Raise a `ValueError` that says the first of the names `given` that is not in `known`."""
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(
-            f"{argument} holds {unknown[0]!r}, which is not a parameter of this model (or is the "
-            "second name of a tied one)"
-        )
+    for name in given:
+        if name not in known:
+            why = "is not a parameter of this model (or is the second name of a tied one)"
+            raise ValueError(f"{argument} holds {name!r}, which {why}")

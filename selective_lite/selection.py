@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
-from .params import resolve_budget, weights
-from .scores import ALL_ZERO, NOT_FINITE, check_scores, random_scores
+from .heads import Head
+from .params import Budget, resolve_budget, weights
+from .scores import ALL_ZERO, NOT_FINITE, check_scores, random_scores, uniform
 
 CHUNK = 1 << 18  # scores per chunk; bounds the extra memory of `select`
+BUCKETS = 1 << 16  # of a histogram of 16 bits
 SAVED = "selective_lite.selection"  # the key of a selection's metadata in its file
 
 
@@ -41,27 +45,15 @@ class Selection:
     method: str = ""
 
     def __post_init__(self) -> None:
-        for name, positions in self.indices.items():
+        for name, at in self.indices.items():
             if name not in self.shapes:
-                raise ValueError(
-                    f"indices names {name!r}, which has no shape; shapes must hold every candidate tensor"
-                )
-            size = prod(self.shapes[name])
-            if (
-                positions.dtype != torch.int64
-                or positions.dim() != 1
-                or positions.device.type != "cpu"
-            ):
-                raise ValueError(f"indices[{name!r}] must be a one-dimensional int64 tensor on CPU")
-            if (
-                len(positions) == 0
-                or positions[0] < 0
-                or positions[-1] >= size
-                or (positions.diff() <= 0).any()
-            ):
-                raise ValueError(
-                    f"indices[{name!r}] must be strictly increasing, within [0, {size}), and not empty"
-                )
+                remedy = "shapes must hold every candidate tensor"
+                raise ValueError(f"indices names {name!r}, which has no shape; {remedy}")
+            what, size = f"indices[{name!r}] must be", prod(self.shapes[name])
+            if at.dtype != torch.int64 or at.dim() != 1 or at.device.type != "cpu":
+                raise ValueError(f"{what} a one-dimensional int64 tensor on CPU")
+            if len(at) == 0 or at[0] < 0 or at[-1] >= size or (at.diff() <= 0).any():
+                raise ValueError(f"{what} strictly increasing, within [0, {size}), and not empty")
 
     @property
     def count(self) -> int:
@@ -84,10 +76,8 @@ class Selection:
 
     def masks(self) -> dict[str, Tensor]:
         """The same selection as boolean tensors in the weights' shapes, on CPU."""
-        found = {
-            name: torch.zeros(shape, dtype=torch.bool, device="cpu")
-            for name, shape in self.shapes.items()
-        }
+        empty = partial(torch.zeros, dtype=torch.bool, device="cpu")
+        found = {name: empty(shape) for name, shape in self.shapes.items()}
         for name, positions in self.indices.items():
             found[name].view(-1)[positions] = True
         return found
@@ -100,11 +90,10 @@ class Selection:
         >>> selection.save("fish.selection.safetensors")
         >>> again = Selection.load("fish.selection.safetensors")
         """
-        narrow = {
-            n: i.int() if prod(self.shapes[n]) < 2**31 else i for n, i in self.indices.items()
-        }
+        small = {name for name, shape in self.shapes.items() if prod(shape) < 2**31}
+        tensors = {name: at.int() if name in small else at for name, at in self.indices.items()}
         described = {"method": self.method, "shapes": self.shapes}
-        save_file(narrow, path, {SAVED: json.dumps(described)})
+        save_file(tensors, path, {SAVED: json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Selection:
@@ -126,23 +115,18 @@ class Selection:
             raise ValueError(f"{path} does not hold a selection: {error}") from None
 
     def overlap(self, other: Selection) -> float:
-        """Shared weights over the smaller count, in [0, 1]; two random selections share about ``other.fraction``."""
-        both = self.indices.keys() & other.indices.keys()
-        shared = sum(
-            int(torch.isin(self.indices[n], other.indices[n], assume_unique=True).sum())
-            for n in both
-        )
+        """Shared weights over the smaller count, in [0, 1]; random ones share about a fraction."""
+        both = [(at, other.indices[n]) for n, at in self.indices.items() if n in other.indices]
+        shared = sum(int(torch.isin(a, b, assume_unique=True).sum()) for a, b in both)
         return shared / min(self.count, other.count)
 
 
 def select(
-    scores: Mapping[str, Tensor],
-    budget: int | float,
-    *,
-    largest: bool = True,
-    of: int | None = None,
+    scores: Mapping[str, Tensor], budget: Budget, *, largest: bool = True, of: int | None = None
 ) -> Selection:
-    """The k weights with the largest (or smallest) scores, exactly k, ties broken by tensor order, then position.
+    """The k weights with the largest (or smallest) scores: exactly k.
+
+    Ties are broken by the order of the tensors, then by position.
 
     Two passes of 16 bits over the scores' bit patterns find the k-th score (a radix selection), a
     third takes what is above it: linear time, and no second copy of the scores.
@@ -179,14 +163,12 @@ def select(
     k = resolve_budget(budget, total if of is None else of)
     if k > (n := nonzero if largest else total):
         what = "non-zero" if largest else "there"
-        raise ValueError(
-            f"budget={budget} asks for {k} weights, but only {n} scores are {what}; lower it"
-        )
+        asks = f"budget={budget} asks for {k} weights"
+        raise ValueError(f"{asks}, but only {n} scores are {what}; lower it")
 
     cutoff, ties = _kth_key(scores, largest, wide, k, histogram)
-    found = torch.empty(
-        k, dtype=torch.int64, device="cpu"
-    )  # preallocated: small results would fragment the memory that chunks free
+    # Preallocated: small results would fragment the memory that chunks free.
+    found = torch.empty(k, dtype=torch.int64, device="cpu")
     taken, counts = 0, dict.fromkeys(shapes, 0)
     for name, _, start, key in sort_keys(scores, largest, wide):
         positions = (key >= cutoff).nonzero().squeeze(1)
@@ -197,9 +179,8 @@ def select(
         taken, counts[name] = taken + len(positions), counts[name] + len(positions)
         ties -= int(tied.sum())
     if taken != k:
-        raise ValueError(
-            f"scores changed from one pass to the next: {taken} of them, not {k}, were found"
-        )
+        what = f"{taken} of them, not {k}, were found"
+        raise ValueError(f"scores changed from one pass to the next: {what}")
     pieces = zip(shapes, found.split([*counts.values()]), strict=True)
     return Selection({name: positions for name, positions in pieces if len(positions)}, shapes)
 
@@ -230,13 +211,10 @@ def sort_keys(scores: Mapping[str, Tensor], largest: bool, wide: bool) -> Keys:
     for name in scores:  # not items(), which would hold a tensor while the next is made
         score = scores[name]
         if not score.is_floating_point() or score.is_meta:
-            raise ValueError(
-                f"scores[{name!r}] has dtype {score.dtype} on {score.device}; give floats with values"
-            )
-        long = wide or score.dtype == torch.float64
-        as_float, as_int, sign = (
-            (torch.float64, torch.int64, 63) if long else (torch.float32, torch.int32, 31)
-        )
+            what = f"scores[{name!r}] has dtype {score.dtype} on {score.device}"
+            raise ValueError(f"{what}; give floats with values")
+        double, single = (torch.float64, torch.int64, 63), (torch.float32, torch.int32, 31)
+        as_float, as_int, sign = double if wide or score.dtype == torch.float64 else single
         flat, shape = score.detach().reshape(-1), tuple(score.shape)
         for start in range(0, max(flat.numel(), 1), CHUNK):
             chunk = flat[start : start + CHUNK].cpu().to(as_float)
@@ -247,6 +225,19 @@ def sort_keys(scores: Mapping[str, Tensor], largest: bool, wide: bool) -> Keys:
         del score, flat, chunk
 
 
+def histogram_of(key: Tensor, shift: int, prefix: int = 0) -> Tensor:
+    """How many keys have each value of the 16 bits from `shift` on, the lowest value first.
+
+    Of the keys whose higher bits are `prefix` only, unless these are the highest ones: then the
+    sign is among them, and negative keys come first.
+    """
+    if shift == torch.iinfo(key.dtype).bits - 16:
+        digit = (key >> shift) + BUCKETS // 2
+    else:
+        digit = (key[(key >> (shift + 16)) == prefix] >> shift) & (BUCKETS - 1)
+    return torch.bincount(digit, minlength=BUCKETS)
+
+
 def _survey(
     scores: Mapping[str, Tensor], largest: bool, wide: bool = False
 ) -> tuple[bool, dict, int, Tensor]:
@@ -255,51 +246,42 @@ def _survey(
     Whether any tensor is float64, every shape, the number of non-zero scores, and a histogram of
     the keys' top 16 bits.
     """
-    shapes, nonzero, histogram = {}, 0, torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
-    bits, edge = (
-        (64, 16) if wide else (32, 128)
-    )  # this many buckets at each end can only hold inf or NaN
+    shapes, nonzero, histogram = {}, 0, torch.zeros(BUCKETS, dtype=torch.int64, device="cpu")
+    # This many buckets at each end can only hold inf or NaN.
+    shift, edge = (48, 16) if wide else (16, 128)
     for name, shape, _, key in sort_keys(scores, largest, wide):
         if key.dtype == torch.int64 and not wide:
             break
-        counts = torch.bincount(
-            (key >> (bits - 16)) + (1 << 15), minlength=1 << 16
-        )  # negative keys come first
+        counts = histogram_of(key, shift)
         if counts[:edge].any() or counts[-edge:].any():
             raise ValueError(NOT_FINITE.format(name))
-        shapes[name], nonzero, histogram = (
-            shape,
-            nonzero + int(key.count_nonzero()),
-            histogram + counts,
-        )
+        shapes[name], nonzero = shape, nonzero + int(key.count_nonzero())
+        histogram += counts
     else:
         if nonzero == 0:
             raise ValueError(ALL_ZERO)
         return wide, shapes, nonzero, histogram
-    return _survey(scores, largest, wide=True)
+    return _survey(scores, largest, wide=True)  # behind the loop, which holds a tensor
 
 
 def _kth_key(
     scores: Mapping[str, Tensor], largest: bool, wide: bool, k: int, histogram: Tensor
 ) -> tuple[int, int]:
     """The k-th largest key, and how many of the keys equal to it are among the k."""
-    bits, prefix, wanted, first = 64 if wide else 32, 0, k, -(1 << 15)
-    for shift in range(bits - 16, -1, -16):
-        if shift < bits - 16:
-            histogram, first = torch.zeros_like(histogram), 0
+    prefix, top = 0, 48 if wide else 16
+    for shift in range(top, -1, -16):
+        if shift < top:
+            histogram = torch.zeros_like(histogram)
             for *_, key in sort_keys(scores, largest, wide):
-                digit = (key[(key >> (shift + 16)) == prefix] >> shift) & 0xFFFF
-                histogram += torch.bincount(digit, minlength=1 << 16)
+                histogram += histogram_of(key, shift, prefix)
         above = histogram.flip(0).cumsum(0)
-        passed = int((above < wanted).sum())
-        wanted -= int(above[passed] - histogram[-1 - passed])
-        prefix = (prefix << 16) + first + (1 << 16) - 1 - passed
-    return prefix, wanted
+        passed = int((above < k).sum())
+        k -= int(above[passed] - histogram[-1 - passed])
+        prefix = (prefix << 16) + BUCKETS - 1 - passed - (BUCKETS // 2 if shift == top else 0)
+    return prefix, k
 
 
-def random(
-    model: nn.Module, budget: int | float, seed: int, head: Sequence[str] | None = None
-) -> Selection:
+def random(model: Module, budget: Budget, seed: int, head: Head = None) -> Selection:
     """The control: k weights, uniform over all candidates.
 
     Arguments and errors as in `select` and `weights`; the draw is a function of `seed` and of the
@@ -312,20 +294,15 @@ def random(
     return replace(select(random_scores(model, seed, head), budget), method="random")
 
 
-def random_nonzero(scores: Mapping[str, Tensor], budget: int | float, seed: int) -> Selection:
-    """The control: uniform random among the weights whose score is not zero (a BERT embeds few of its words).
+def random_nonzero(scores: Mapping[str, Tensor], budget: Budget, seed: int) -> Selection:
+    """The control: uniform random among the weights whose score is not zero.
 
-    Arguments and errors as in `select`; the draw is a function of `seed` and of where the scores
-    are zero.
+    A BERT embeds few of its words, for one. Arguments and errors as in `select`; the draw is a
+    function of `seed` and of where the scores are zero.
     """
     check_scores(scores)
-    generator = torch.Generator().manual_seed(seed)
-    draws = {
-        name: (1 - torch.rand(score.shape, generator=generator, dtype=torch.float32, device="cpu"))
-        * (score != 0).cpu()
-        for name, score in scores.items()
-    }
-    return select(draws, budget)
+    draws = uniform(scores, seed)
+    return select({name: u * (scores[name] != 0).cpu() for name, u in draws.items()}, budget)
 
 
 def shuffled(selection: Selection, seed: int) -> Selection:
@@ -342,11 +319,9 @@ def shuffled(selection: Selection, seed: int) -> Selection:
 
 
 def select_tensors(
-    model: nn.Module,
-    predicate: Callable[[str, nn.Parameter], bool],
-    head: Sequence[str] | None = None,
+    model: Module, predicate: Callable[[str, Parameter], bool], head: Head = None
 ) -> Selection:
-    """Every weight of every candidate tensor for which `predicate(name, parameter)` holds; a rule sizes itself.
+    """Every weight of every candidate tensor for which `predicate(name, parameter)` holds.
 
     Raises
     ------
@@ -354,13 +329,9 @@ def select_tensors(
         If no tensor satisfies the rule.
     """
     candidates = weights(model, head)
-    indices = {
-        name: torch.arange(p.numel(), device="cpu")
-        for name, p in candidates.items()
-        if predicate(name, p)
-    }
-    if not indices:
-        raise ValueError(
-            "predicate holds for no candidate tensor; print(list(weights(model))) shows their names"
-        )
+    taken = {name: p.numel() for name, p in candidates.items() if predicate(name, p)}
+    if not taken:
+        remedy = "print(list(weights(model))) shows their names"
+        raise ValueError(f"predicate holds for no candidate tensor; {remedy}")
+    indices = {name: torch.arange(size, device="cpu") for name, size in taken.items()}
     return Selection(indices, {name: tuple(p.shape) for name, p in candidates.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, repeat
 from numbers import Integral, Real
@@ -228,8 +228,10 @@ def fit(
         _check_batches(batches)
         for phase in phases:
             called = phase.model or model
+            if {id(p) for p in model.parameters()}.isdisjoint(map(id, called.parameters())):
+                raise ValueError(f"phase {phase.name!r} was made for another model; make it anew")
             groups = _checked_groups(phase, called)
-            with preserve_modes(called):
+            with preserve_modes(called), torch.enable_grad():
                 for record in _steps(phase, groups, called, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
@@ -241,6 +243,8 @@ def fit(
 
 
 def _check_batches(batches: Any) -> None:
+    if isinstance(batches, Mapping | Tensor):
+        raise TypeError("batches is one batch; give a list of batches, such as [batch]")
     try:
         count = len(batches)
     except TypeError:
@@ -294,9 +298,11 @@ def _steps(
     for number, batch in enumerate(passes, 1):
         batch, step = to_device(batch, model), Step(number, steps, opt)
         task = loss(model, batch)
+        check_loss(task, batch, f"at step {number} of phase {phase.name!r}")
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
-        check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
+        if phase.penalty:
+            check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
         opt.zero_grad()
         total.backward()
         if phase.before_step:

@@ -41,6 +41,7 @@ from .entries import (
 )
 from .sampled import footprint
 
+OPEN = "_masked_training"  # where a model in masked training holds it
 STAMP = "selection"  # the key of an optimizer's group that says which selection it trains
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 Self = TypeVar("Self", bound="MaskedTraining")
@@ -55,7 +56,8 @@ class MaskedTraining:
     them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding``, Hugging Face's ``Conv1D``
     and of subclasses that keep their forward get sampled gradients. Those of any other tensor are
     gathered from its dense gradient, which lives for a moment in the backward. A tensor that is
-    selected whole trains as it is. What is trained in half precision gets a float32 master.
+    selected whole trains as it is. What is trained in half precision gets a float32 master, which a
+    ``state_dict`` holds rounded, as the model's own tensor; `hf.SaveDelta` keeps masters.
 
     Parameters
     ----------
@@ -106,7 +108,7 @@ class MaskedTraining:
         heads, also = check_selection(model, selection, dense, head, shrinks=shrinks)
         self.model, self.selection, self.sampled = unwrap(model), selection, sampled
         self.head_names = heads
-        self.total = sum(p.numel() for p in weights(model, heads).values())
+        self.total = sum(p.numel() for p in weights(model, head).values())
         self.allow_unused = _skips(self.model) if allow_unused is None else allow_unused
         named, self._places = named_parameters(model), owners(model)
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -138,7 +140,7 @@ class MaskedTraining:
         self._checked = weakref.WeakSet[torch.optim.Optimizer]()
         own = weakref.ref(self)
         self._hook = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
-        _OPEN[self.model] = self
+        self.model.__dict__[OPEN] = _Held(self)
 
     @property
     def closed(self) -> bool:
@@ -264,7 +266,7 @@ class MaskedTraining:
         if self.closed:
             return
         self._hook.remove()
-        _OPEN.pop(self.model, None)
+        self.model.__dict__.pop(OPEN, None)
         self._final = self.values(precise=True)
         unmask(self.model)
         for name, parameter in named_parameters(self.model).items():
@@ -287,12 +289,20 @@ class MaskedTraining:
         return found.hexdigest()[:16]
 
 
-_OPEN: weakref.WeakKeyDictionary[nn.Module, MaskedTraining] = weakref.WeakKeyDictionary()
+class _Held:
+    """Keeps an open training as long as its model; a copy of the model has none."""
+
+    def __init__(self, training: MaskedTraining | None = None) -> None:
+        self.training = training
+
+    def __reduce__(self) -> tuple:
+        return _Held, ()
 
 
 def training_of(model: nn.Module) -> MaskedTraining | None:
-    """The masked training that a model is in, None if it is in none."""
-    return _OPEN.get(unwrap(model))
+    """The masked training that a model is in, None if it is in none (or is a copy)."""
+    held = unwrap(model).__dict__.get(OPEN)
+    return held.training if held is not None else None
 
 
 def unmask(model: nn.Module) -> None:
@@ -315,6 +325,11 @@ def check_selection(
     """Raise as `MaskedTraining` would; else give the names of the head and of the dense tensors."""
     if in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which has taken note of the parameters "
+            "that it had; wrap it inside masked training"
+        )
     named, places = named_parameters(model), owners(model)
     check_names(selection.indices, named, "selection")
     prefixes = check_prefixes(dense, named, "dense")
@@ -428,9 +443,10 @@ def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
 
 
 def _check_made_inside(training: MaskedTraining, held: set[int]) -> None:
-    named = named_parameters(training.model)
     for name, entries in training._entries.items():
-        if id(named[name]) in held and id(entries.values) not in held:
+        module, attribute = training._places[name][0]
+        dense = module._parameters.get(attribute)  # None where a wrapper took it away
+        if id(dense) in held and id(entries.values) not in held:
             raise ValueError(
                 f"optimizer was made before masked training: it holds {name!r} itself, which is "
                 "frozen now; make the optimizer inside"

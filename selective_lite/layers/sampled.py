@@ -19,6 +19,11 @@ BLOCK = 128  # tokens transposed together
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
 
+def precise(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor is summed and trained in: its own, or float32 for half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 class _Scatter(torch.autograd.Function):
     """A dense tensor whose gradient goes to its selected entries."""
 

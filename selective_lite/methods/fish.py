@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..batches import Batch, Loss, batch_size, model_loss, take
+from ..batches import Batch, Loss, batch_size, model_loss, samples_of, take, to_device
 from ..layers.masked import check_candidates
 from ..params import resolve_budget, weights
-from ..scores import Scores, expected_squared_gradient, squared_gradient
+from ..scores import Scores, accumulate, squared_gradient
 from ..scores import exclude as without
 from ..selection import Selection, select
 
@@ -78,6 +79,56 @@ def fisher_information(
     # (eq-fish)  F_w = sum_i (d -log p(y_i | x_i) / d w)^2
     labels: Literal["given", "model"] = "given" if fisher == "empirical" else "model"
     return squared_gradient(model, part, labels=labels, loss=loss, head=head, seed=seed)
+
+
+def expected_squared_gradient(
+    model: nn.Module, batches: Iterable[Batch], *, head: Sequence[str] | None = None
+) -> Scores:
+    """Sum over samples of the squared gradient expected under the model's labels: the true Fisher.
+
+    One backward pass for every sample and class, so it is for classifiers of few classes;
+    ``squared_gradient(..., labels="model")`` draws one label a sample instead. Given labels are
+    ignored. Source: the ``expect`` of the code of Sung et al. 2021 (FISH).
+
+    Parameters
+    ----------
+    model
+        A classifier whose output has ``logits`` of shape (samples, classes), scored as in
+        `squared_gradient`.
+    batches, head
+        As in `squared_gradient`.
+
+    Returns
+    -------
+    dict
+        As in `squared_gradient`.
+
+    Raises
+    ------
+    ValueError
+        If the logits have another shape, for no batch, a non-finite score, or scores that are all
+        zero.
+    """
+
+    def parts() -> Iterator[Batch]:
+        for batch in batches:
+            inputs = {k: v for k, v in to_device(batch, model).items() if k != "labels"}
+            with torch.no_grad():
+                shape = model(**inputs).logits.shape
+            if len(shape) != 2:
+                what = f"logits have shape {tuple(shape)}, not (samples, classes)"
+                raise ValueError(f"{what}; use squared_gradient")
+            labels = [torch.tensor(c, device="cpu") for c in range(shape[1])]
+            yield from ({**s, "labels": label} for s in samples_of(inputs) for label in labels)
+
+    def root_of_term(model: nn.Module, part: Batch) -> Tensor:
+        inputs = {key: value for key, value in part.items() if key != "labels"}
+        log_p = model(**inputs).logits.log_softmax(-1)[0, int(part["labels"])]
+        # (eq-expected-fisher)  F = sum_i sum_c p(c | x_i) (d -log p(c | x_i) / d w)^2
+        # (the root of a term here, which is squared below)
+        return -log_p * log_p.detach().exp().sqrt()
+
+    return accumulate(model, parts(), root_of_term, head, torch.square)
 
 
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:

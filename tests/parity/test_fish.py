@@ -11,7 +11,7 @@ from torch import nn
 
 import selective_lite as sl
 from selective_lite.methods.fish import fish, fisher_information
-from selective_lite.scores import _accumulate
+from selective_lite.scores import accumulate
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -65,7 +65,7 @@ def absolute_gradient(model, data, head=None):
     singles = [
         {key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(8)
     ]
-    return _accumulate(model, singles, sl.model_loss, head, torch.abs)
+    return accumulate(model, singles, sl.model_loss, head, torch.abs)
 
 
 SCORES = {"label-square": fisher_information, "label-absolute": absolute_gradient}

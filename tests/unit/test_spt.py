@@ -687,7 +687,9 @@ def test_the_mixture_travels_in_one_file_and_goes_without_a_trace(
         [p.requires_grad for p in base.parameters()],
     )
     classes, plain = [type(m) for m in base.modules()], base(**batch).logits
-    applied = sl.load(tmp_path / "spt.safetensors").apply(base)
+    loaded = sl.load(tmp_path / "spt.safetensors")
+    assert set(loaded.modules) == set(allocation.structured)
+    applied = loaded.apply(base)
     expected = dict(model.named_parameters())
     assert {n for n, _ in base.named_parameters()} == set(expected)
     assert all(torch.equal(p, expected[n]) for n, p in base.named_parameters())

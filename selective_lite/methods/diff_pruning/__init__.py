@@ -20,9 +20,10 @@ from ...training import Group, Phase, Phases, check_options, constant, fixed_mas
 from .calibration import Calibration as Calibration
 from .gated import Penalty, gated_weights
 from .groups import Groups
-from .relaxed import STRETCH
+from .relaxed import STRETCH, Relaxed
 from .relaxed import U_EPS as U_EPS
-from .relaxed import Relaxed as Relaxed
+
+__all__ = ["Relaxed", "diff_pruning"]
 
 
 def diff_pruning(

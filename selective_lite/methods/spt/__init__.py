@@ -23,8 +23,9 @@ from ...layers.small import (
 )
 from ...params import named_parameters
 from ...training import Group, Phase, Phases, check_options
-from .allocation import Allocation as Allocation
-from .allocation import allocate as allocate
+from .allocation import Allocation, allocate
+
+__all__ = ["Allocation", "allocate", "spt"]
 
 
 def spt(

@@ -1,4 +1,8 @@
-"""SPT's allocation (He et al. 2023): a budget is spent on modules, vectors and single weights."""
+"""SPT's allocation: which matrices get a small module, which vectors are whole, which weights.
+
+Everything counts, and tau, the number of most sensitive weights, is the one at which the total size
+meets the budget.
+"""
 
 from __future__ import annotations
 

@@ -17,9 +17,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ...selection import select, sort_keys
+from ...selection import BUCKETS, histogram_of, select, sort_keys
 
-BUCKETS = 1 << 16
 # (a tensor's name, counts of its sensitive weights) -> the weights that are then trained
 Charge = Callable[[str, Tensor], Tensor]
 
@@ -45,11 +44,7 @@ def crossing(scores: Mapping[str, Tensor], charge: Charge, k: int) -> int:
         for name, chunks in groupby(keys(), itemgetter(0)):
             histogram = torch.zeros(BUCKETS, dtype=torch.int64, device="cpu")
             for *_, key in chunks:
-                if shift == bits - 16:
-                    digit = (key >> shift) + BUCKETS // 2  # the sign bit: negative keys come first
-                else:
-                    digit = (key[(key >> (shift + 16)) == prefix] >> shift) & (BUCKETS - 1)
-                histogram += torch.bincount(digit, minlength=BUCKETS)
+                histogram += histogram_of(key, shift, prefix)
             yield name, histogram.flip(0)
 
     for shift in range(bits - 16, -1, -16):

@@ -1,4 +1,4 @@
-"""SoRA's updates: low-rank modules with a gate on every rank, in the layers of a model."""
+"""SoRA's gated low-rank updates of a model's matrices: attach, export, merge."""
 
 from __future__ import annotations
 
