@@ -286,6 +286,11 @@ def test_bad_input_raises_at_the_call(build, options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_options_at_their_bounds_are_allowed(build):
+    lt_sft(build("toy"), 9, iterations=9, **RATES)
+    lt_sft(build("toy"), 98, exclude=("embedding",), **RATES)  # all that is left
+
+
 def test_what_cannot_be_selected_in_part_is_named_at_the_call_and_may_be_excluded(build, batches):
     model, data = build("toy"), batches("toy", 2)
     model.embedding.max_norm = 1.0

@@ -375,6 +375,10 @@ def test_a_method_is_used_once(build, batches, pick, method):
     with pytest.raises(ValueError, match="used already, and a method trains once"):
         run(model, phases, data)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    phases = METHODS[method](model, pick(model))
+    assert len(list(phases)) == 1
+    with pytest.raises(ValueError, match="used already"):
+        list(phases)
 
 
 @pytest.mark.parametrize("method", METHODS)
