@@ -141,7 +141,8 @@ def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
             f"model's {name!r} is sharded over processes (FSDP or tensor parallel), which is not "
             "supported yet; use DistributedDataParallel, or select before sharding"
         )
-    plain = not hasattr(type(parameter), "__tensor_flatten__")
+    own = (c for c in type(parameter).__mro__ if issubclass(c, Tensor) and c is not Tensor)
+    plain = not any("dequantize" in vars(c) for c in own)  # a torchao tensor says how
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 

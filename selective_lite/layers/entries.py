@@ -209,7 +209,7 @@ def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
     return dense, entries
 
 
-def product_operands(module: Any) -> Operands:
+def product_operands(module: Any) -> tuple[Tensor, Tensor, Any, Any, Any]:
     """What `sampled.linear` takes between the input and the bias."""
     dense, own = current(module, "weight")
     return dense, own.values, own.index, own.rows, own.columns

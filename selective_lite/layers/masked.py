@@ -135,7 +135,7 @@ class MaskedTraining:
         """Matrices and larger tensors whose selected gradients are gathered from dense ones."""
         partly = [n for n, entries in self._entries.items() if entries.index is not None]
         matrices = (n for n in partly if dense_of(*self._places[n][0]).dim() > 1)
-        return [n for n in matrices if gathers(self._places[n], self.sampled)]
+        return [n for n in matrices if not self.sampled or gathers(self._places[n])]
 
     def parameters(self) -> list[Parameter]:
         """What the selection trains: a compact parameter, or a whole tensor, for each tensor."""

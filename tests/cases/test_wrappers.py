@@ -316,6 +316,34 @@ class Integers(Quantized):
         self.rounded = nn.Parameter(rounded, requires_grad=False)
 
 
+class Coded(torch.Tensor):
+    """A tensor that claims to be float32 and holds codes, as torchao has them."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=torch.float32)
+
+    def __init__(self, held):
+        self.held = held.to(torch.int8)
+
+    def dequantize(self):
+        return self.held.float()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        raise NotImplementedError(f"{function} of codes")
+
+
+def test_a_tensor_of_codes_is_no_candidate():
+    """torchao's int8 weights claim float32: scores raised NotImplementedError."""
+    model = mlp()
+    model[0].weight = nn.Parameter(Coded(torch.ones(8, 6)), requires_grad=False)
+    assert "0.weight" not in sl.weights(model, ())
+    assert "2.weight" in sl.weights(model, ())
+
+
 @pytest.mark.parametrize("kind", [Quantized, Integers])
 def test_a_quantized_base_trains_what_floats_remain(kind, path):
     """QLoRA's base: norms, biases and embeddings are floats still, and can be selected."""
