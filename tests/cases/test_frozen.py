@@ -79,7 +79,7 @@ METHODS = {
     "full_finetuning": lambda m: sl.full_finetuning(m, lr=1e-2, epochs=2),
     "lt_sft": lambda m: sl.lt_sft(m, 0.1, lr=1e-2, epochs=(2, 2)),
     "diff_pruning": lambda m: sl.diff_pruning(m, 0.1, lr_w=1e-2, lr=1e-2, epochs=(3, 1)),
-    "sara": lambda m: sl.sara(m, budget=0.1, lr=1e-2, epochs=2),
+    "sara": lambda m: sl.sara(m, budget=0.1, lr=1e-4, lr_head=1e-2, lam=0, epochs=2),
     "child_tuning_f": lambda m: sl.child_tuning_f(m, lr=1e-2, epochs=2),
     "layerwise_rates": lambda m: sl.layerwise_rates(m, lr=1e-2, decay=0.9, epochs=2),
 }

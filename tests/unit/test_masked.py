@@ -949,11 +949,11 @@ def test_shrinking_after_a_step_of_fit(build, batches, pick):
     at_drop, steps = [], []
     with sl.masked(model, selection, shrinks=True, head=()) as training:
 
-        def after_step(progress, optimizer):
-            steps.append(progress)
+        def after_step(step):
+            steps.append(step.progress)
             if len(steps) == 2:
                 at_drop.extend(p.detach().clone() for p in training.parameters())
-                training.shrink(keep, optimizer)
+                training.shrink(keep, step.optimizer)
 
         groups = [{"params": training.parameters(), "lr": 0.01, "schedule": sl.constant}]
         sl.fit(model, [sl.Phase("shrinks", groups, 1, after_step=after_step)], data)
