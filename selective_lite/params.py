@@ -134,6 +134,12 @@ def _head_prefixes(model: nn.Module, head: Head) -> tuple[str, ...]:
     return check_prefixes(head, named_parameters(model), "head")
 
 
+def holds_codes(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that is read by dequantizing it, as torchao's are."""
+    own = (cls for cls in type(tensor).__mro__ if issubclass(cls, Tensor) and cls is not Tensor)
+    return any("dequantize" in vars(cls) for cls in own)
+
+
 def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter holds plain numbers of at least 16 bits; quantized ones do not."""
     if hasattr(parameter, "device_mesh"):
@@ -141,8 +147,7 @@ def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
             f"model's {name!r} is sharded over processes (FSDP or tensor parallel), which is not "
             "supported yet; use DistributedDataParallel, or select before sharding"
         )
-    own = (c for c in type(parameter).__mro__ if issubclass(c, Tensor) and c is not Tensor)
-    plain = not any("dequantize" in vars(c) for c in own)  # a torchao tensor says how
+    plain = not holds_codes(parameter)
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 

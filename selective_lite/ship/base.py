@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..params import named_buffers, named_parameters, owners, ties, unwrap
+from ..params import holds_codes, named_buffers, named_parameters, owners, ties, unwrap
 from .file import DeltaError, digest
 
 DIGITS = 12  # of a fingerprint: it tells models apart, it does not keep forgers out
@@ -205,7 +205,7 @@ def check_tensor(name: str, tensor: Tensor, shape: list[int], dtype: str, table:
             f"model's {name!r} is on the meta device (offloaded, or not loaded), which holds no "
             "values; load the whole model (device_map=None)"
         )
-    if hasattr(type(tensor), "__tensor_flatten__") or (
+    if holds_codes(tensor) or (
         dtype.startswith("torch.float") and not tensor.is_floating_point()
     ):
         raise DeltaError(

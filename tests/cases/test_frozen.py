@@ -1,7 +1,4 @@
-"""What the model or its user froze stays frozen.
-
-huggingface/transformers#25989, haotian-liu/LLaVA#1647.
-"""
+"""What the model or its user froze stays frozen: huggingface/transformers#25989, haotian-liu/LLaVA#1647."""
 
 import pytest
 import torch
@@ -82,7 +79,7 @@ METHODS = {
     "full_finetuning": lambda m: sl.full_finetuning(m, lr=1e-2, epochs=2),
     "lt_sft": lambda m: sl.lt_sft(m, 0.1, lr=1e-2, epochs=(2, 2)),
     "diff_pruning": lambda m: sl.diff_pruning(m, 0.1, lr_w=1e-2, lr=1e-2, epochs=(3, 1)),
-    "sara": lambda m: sl.sara(m, budget=0.1, lam=0.0, lr=1e-2, epochs=2),
+    "sara": lambda m: sl.sara(m, budget=0.1, lr=1e-4, lr_head=1e-2, lam=0, epochs=2),
     "child_tuning_f": lambda m: sl.child_tuning_f(m, lr=1e-2, epochs=2),
     "layerwise_rates": lambda m: sl.layerwise_rates(m, lr=1e-2, decay=0.9, epochs=2),
 }
@@ -103,7 +100,7 @@ def test_frozen_layers_stay_bit_identical_under_every_method(method):
 
 
 def test_a_model_that_is_frozen_as_a_whole_is_trained_all_the_same():
-    """`model.requires_grad_(False)` before peft is applied, by habit: all are candidates."""
+    """`model.requires_grad_(False)` as before peft: then nothing could be meant but that all are candidates."""
     model = bert().requires_grad_(False)
     before, selection = sl.snapshot(model), sl.select(sl.squared_gradient(model, [batch()]), 0.02)
     sl.fit(model, sl.fixed_mask(model, selection, lr=1e-2, epochs=2), [batch()])

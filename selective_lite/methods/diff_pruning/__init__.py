@@ -134,7 +134,8 @@ def diff_pruning(
         with torch.no_grad():
             for name, index in selection.indices.items():
                 # Not a flat view: a weight need not be contiguous.
-                at = torch.unravel_index(index.to(theta[name].device), theta[name].shape)
+                places = torch.unravel_index(index, theta[name].shape)
+                at = tuple(place.to(theta[name].device) for place in places)
                 theta[name][at] += delta[name][at].to(theta[name].dtype)
         del delta
         yield from fixed_mask(
