@@ -11,14 +11,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from .batches import Loss, check_loss, model_loss, to_device
+from .heads import Head
 from .layers.masked import MaskedTraining, check_selection
 from .params import head_weights, only_trainable, preserve_modes, weights
 from .selection import Selection
 
 Schedule = Callable[[float], float]
 Group = dict[str, Any]
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Step:
 
     step: int
     steps: int
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
 
     @property
     def progress(self) -> float:
@@ -125,11 +128,9 @@ def check_options(phase: str, *, epochs: int, **numbers: float | None) -> None:
     if epochs < 1:
         raise ValueError(f"epochs={epochs} of phase {phase!r} must be at least 1")
     for name, number in numbers.items():
-        if number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, Real | Tensor):
+        if isinstance(number, bool) or not isinstance(number, Real | Tensor | None):
             raise TypeError(f"{name}={number!r} of phase {phase!r} must be a number, such as 1e-3")
-        if not 0 <= number < math.inf:
+        if number is not None and not 0 <= number < math.inf:
             raise ValueError(f"{name}={number} of phase {phase!r} must be finite and not negative")
 
 
@@ -155,9 +156,7 @@ class Phases:
 
     def __iter__(self) -> Generator[Phase, None, None]:
         if self._used:
-            raise ValueError(
-                "phases were used already, and a method trains once; call the method again"
-            )
+            raise ValueError("phases were used already, and train once; call the method again")
         self._used = True
         return self._phases
 
@@ -179,9 +178,9 @@ def fit(
     batches: Batches,
     *,
     loss: Loss = model_loss,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
+    optimizer: Callable[..., Optimizer] = AdamW,
+    on_step: Callable[[Record], None] | None = None,
+) -> list[Record]:
     """Run every phase of a method; the model is trained in place.
 
     Parameters
@@ -220,17 +219,15 @@ def fit(
     >>> records = fit(model, fixed_mask(model, selection, lr=1e-3, epochs=3), batches)
     """
     if isinstance(phases, Selection):
-        raise TypeError(
-            "phases is a Selection; give fixed_mask(model, selection, lr=..., epochs=...)"
-        )
-    records: list[dict[str, Any]] = []
+        remedy = "give fixed_mask(model, selection, lr=..., epochs=...)"
+        raise TypeError(f"phases is a Selection; {remedy}")
+    records: list[Record] = []
     try:
         _check_batches(batches)
         for phase in phases:
             called = phase.model or model
-            groups = _checked_groups(phase, called)
             with preserve_modes(called):
-                for record in _steps(phase, groups, called, batches, loss, optimizer):
+                for record in _steps(phase, called, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
                         on_step(record)
@@ -242,51 +239,43 @@ def fit(
 
 def _check_batches(batches: Any) -> None:
     try:
-        count = len(batches)
+        empty = len(batches) == 0
     except TypeError:
         raise TypeError(
             f"batches is a {type(batches).__name__} without a length, which the schedules need; "
-            "give a list, such as list(itertools.islice(batches, 100)), or a loader over a dataset "
-            "that has a length"
+            "give a list, such as list(itertools.islice(batches, 100)), or another loader"
         ) from None
-    if count == 0:
+    if empty:
         raise ValueError("batches is empty; give at least one batch")
 
 
 def _checked_groups(phase: Phase, model: nn.Module) -> list[Group]:
     """The phase's groups with lists of parameters, all of them the model's."""
-    own = {id(p) for p in model.parameters()}
-    groups = []
+    own, groups = {id(p) for p in model.parameters()}, []
     for group in phase.groups:
         given = group["params"]
-        params = [given] if isinstance(given, Tensor) else list(given)
-        for p in params:
-            if id(p) not in own:
-                raise ValueError(
-                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
-                    "not one of the model's; give fit the method itself (not list(method)), made "
-                    "for this model"
-                )
-            if not p.requires_grad:
-                raise ValueError(
-                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
-                    "frozen; set its requires_grad, or give fit the method itself"
-                )
-        groups.append({**group, "params": params})
+        groups.append({**group, "params": [given] if isinstance(given, Tensor) else [*given]})
+        for p in groups[-1]["params"]:
+            if id(p) in own and p.requires_grad:
+                continue
+            why = "frozen; set its requires_grad" if id(p) in own else "not one of the model's"
+            raise ValueError(
+                f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is {why}, "
+                "or give fit the method itself (not list(method)), made for this model"
+            )
     return groups
 
 
 def _steps(
     phase: Phase,
-    groups: Sequence[Group],
     model: nn.Module,
     batches: Batches,
     loss: Loss,
-    optimizer: Callable[..., torch.optim.Optimizer],
-) -> Iterator[dict[str, Any]]:
+    optimizer: Callable[..., Optimizer],
+) -> Iterator[Record]:
     """Train one phase, a record a step."""
+    groups, steps = _checked_groups(phase, model), phase.epochs * len(batches)
     opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in groups])
-    steps = phase.epochs * len(batches)
     schedules = [_per_step(group.get("schedule", linear_decay), steps) for group in groups]
     rates = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
     model.train()
@@ -301,9 +290,8 @@ def _steps(
         total.backward()
         if phase.before_step:
             phase.before_step(step)
-        if phase.clip is not None:
-            for group in opt.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], phase.clip)
+        for group in opt.param_groups if phase.clip is not None else ():
+            nn.utils.clip_grad_norm_(group["params"], phase.clip)
         opt.step()
         if phase.after_step:
             phase.after_step(step)
@@ -330,7 +318,7 @@ def fixed_mask(
     lr: float,
     epochs: int,
     lr_head: float | None = None,
-    head: Sequence[str] | None = None,
+    head: Head = None,
     weight_decay: float = 0.0,
     name: str = "",
 ) -> Phases:
@@ -368,10 +356,8 @@ def fixed_mask(
 
     def phases() -> Generator[Phase, None, None]:
         with MaskedTraining(model, selection, head=head) as training:
-            groups: list[Group] = [
-                {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
-            ]
-            dense = training.dense_parameters()
+            own, dense = training.parameters(), training.dense_parameters()
+            groups = [{"params": own, "lr": lr, "weight_decay": weight_decay}]
             groups += head_group(dense, lr, lr_head, weight_decay=weight_decay)
             yield Phase(name, groups, epochs, selection=selection)
 
@@ -384,7 +370,7 @@ def full_finetuning(
     lr: float,
     epochs: int,
     lr_head: float | None = None,
-    head: Sequence[str] | None = None,
+    head: Head = None,
     weight_decay: float = 0.0,
     name: str = "dense",
 ) -> Phases:
@@ -397,7 +383,7 @@ def full_finetuning(
     body, heads = (list(found(model, head).values()) for found in (weights, head_weights))
 
     def phases() -> Generator[Phase, None, None]:
-        groups: list[Group] = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
+        groups = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
         groups += head_group(heads, lr, lr_head, weight_decay=weight_decay)
         with only_trainable(model, [*body, *heads]):
             yield Phase(name, groups, epochs)

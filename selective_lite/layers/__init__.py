@@ -1,1 +1,1 @@
-"""Layers: the one way to change a layer, attached and detached: selected entries, sampled products, small modules."""
+"""Layers: changed in one way and restored: selected entries, sampled products, small modules."""

@@ -136,7 +136,7 @@ def sampled_product(
         (T, height) and (T, width), floating point; half precision is summed in float32. What
         `columns_as_rows` gives of them where `rows` or `columns` are given.
     index
-        Flat row-major positions in (height, width), int64, strictly increasing, on the same device.
+        Flat row-major positions in (height, width), int64, strictly increasing, same device.
     height, width
         Of the product.
     rows, columns
@@ -230,7 +230,7 @@ def footprint(index: Tensor, height: int, width: int) -> tuple[Index, Index]:
     """The rows and the columns of a matrix that sorted positions lie in.
 
     None where they are too many to be gathered. Both, whatever their number, if the positions are
-    all of some rows or of some columns (neurons, attention heads): then dense slices are multiplied.
+    all of some rows or columns (neurons, attention heads): then dense slices are multiplied.
     """
     rows, columns = index.div(width, rounding_mode="floor").unique(), (index % width).unique()
     if len(index) == len(rows) * len(columns) and (len(rows) == height or len(columns) == width):
