@@ -11,7 +11,7 @@ from typing import Any
 from selective_lite.lab import results
 
 CONFIG = {"warmup": 2, "rounds": 15}
-ROOTS = ["params.py:weights", "layers/masked.py:masked", "selection.py:select"]
+ROOTS = ["params.py:weights", "ship/tuning.py:masked", "selection.py:select"]
 
 SCRIPT = (
     "import time, torch; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"

@@ -28,9 +28,9 @@ CONFIGS = [
     for budget in (0.0002, 0.005, 0.05)
 ]
 ROOTS = [
-    "layers/masked.py:masked",
-    "selection.py:select",
-    "scores.py:random_scores",
+    "ship/tuning.py:masked",
+    "selection.py:random",
+    "params.py:head_weights",
     "memory.py:ledger",
 ]
 

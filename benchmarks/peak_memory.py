@@ -25,9 +25,9 @@ CONFIGS = [
     for way in ("full AdamW", "peft SHiRA", "peft LoRA", "selective_lite", "floor")
 ]
 ROOTS = [
-    "layers/masked.py:masked",
-    "selection.py:select",
-    "scores.py:random_scores",
+    "ship/tuning.py:masked",
+    "selection.py:random",
+    "params.py:head_weights",
     "memory.py:ledger",
 ]
 

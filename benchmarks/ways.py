@@ -1,4 +1,4 @@
-"""Ways of training that the benchmarks compare: each takes a model over, and gives it back with its optimizer."""
+"""Ways of training that the benchmarks compare: each prepares a model and makes its optimizer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,14 @@ LINEAR = {  # every linear layer, the output apart
 def trained(
     way: str, model: Any, *, budget: float, rank: int
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """The model, made ready to be trained in one of `WAYS`, and its optimizer; the floor trains nothing."""
+    """The model, ready to train in one of `WAYS`, and its optimizer; the floor trains nothing."""
     targets = LINEAR[model.config.model_type]
     if way == "peft LoRA":
         model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))
     elif way == "peft SHiRA":
         model = get_peft_model(model, ShiraConfig(r=rank, target_modules=targets))
     elif way == "selective_lite":
-        sl.masked(
-            model,
-            sl.select(sl.random_scores(model, 0), budget),
-            dense=tuple(sl.head_weights(model)),
-        )
+        sl.masked(model, sl.random(model, budget, seed=0))
     elif way == "floor":  # forward and every input gradient, down to the output of the embedding
         model.requires_grad_(False)
         embedding = getattr(model.base_model, "embeddings", model.get_input_embeddings())

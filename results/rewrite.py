@@ -95,8 +95,7 @@ def main() -> None:
             print(f"{file.name} is in the format of today", file=sys.stderr)
             continue
         if source not in bases:
-            bases[source] = model = BASES[source]()[0]
-            model.config._name_or_path = source  # not the folder of a cache
+            bases[source] = BASES[source]()[0]
         old, size = sha256(file), file.stat().st_size
         rewritten(file, bases[source]).save(file, "gap-lzma")
         lines = table.read_text().splitlines(keepends=True)

@@ -36,16 +36,20 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def check_loss(loss: Tensor, batch: Batch, where: str) -> None:
-    """Raise a `ValueError` that names the likely cause if a loss is not finite."""
-    if torch.isfinite(loss).all():
+def check_loss(loss: Any, batch: Batch, where: str) -> None:
+    """Raise an error that names the likely cause unless a loss is one finite number to train on."""
+    if not torch.is_tensor(loss) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"type {type(loss)}"
+        raise TypeError(f"loss is of {got} {where}; it must be a tensor of one number, the mean")
+    if not loss.requires_grad:
+        why = "it was detached, or no trained weight is in it"
+        raise ValueError(f"loss has no gradient {where}: {why}")
+    if torch.isfinite(loss):
         return
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     why = "; lower the learning rate, or check this batch"
     if torch.is_tensor(labels) and bool((labels == IGNORED).all()):
-        why = (
-            f": every label of this batch is {IGNORED} (a prompt without its answer?); leave it out"
-        )
+        why = f": every label of this batch is {IGNORED} (no room for an answer?); leave it out"
     raise ValueError(f"loss is {loss.item()} {where}{why}")
 
 

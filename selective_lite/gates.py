@@ -93,7 +93,7 @@ class HardConcrete(nn.Module):
     log_alpha
         Initial location of every gate.
     dtype, device
-        Of `log_alpha`; default: torch's defaults.
+        Dtype and device of `log_alpha`; default: torch's.
 
     Raises
     ------

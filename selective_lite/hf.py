@@ -130,7 +130,7 @@ def _save_delta() -> type:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Check that masked training is open; if this goes on from a checkpoint, take it up."""
             tuning = _tuning(kwargs["model"])
-            if state.global_step:
+            if state.global_step or self.folder is not None:
                 folder = self.folder or _checkpoint(args, state)
                 file = os.path.join(folder, FILE)
                 if not os.path.isfile(file):

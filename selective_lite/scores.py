@@ -197,7 +197,7 @@ def accumulate(model: Module, batches: Batches, loss: Loss, head: Head, of: Of) 
         for batch in batches:
             batch = to_device(batch, model)
             found = loss(model, batch)
-            check_loss(found.detach(), batch, "in scoring")
+            check_loss(found, batch, "in scoring")
             with ExitStack() as hooks:  # only now: computing the loss may take gradients, too
                 for p, total in sums.items():
                     hooks.enter_context(p.register_hook(partial(_add, of, total)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, repeat
 from numbers import Integral, Real
@@ -156,7 +156,7 @@ class Phases:
 
     def __iter__(self) -> Generator[Phase, None, None]:
         if self._used:
-            raise ValueError("phases were used already, and train once; call the method again")
+            raise ValueError("phases were used already, and a method trains once; call it again")
         self._used = True
         return self._phases
 
@@ -226,7 +226,9 @@ def fit(
         _check_batches(batches)
         for phase in phases:
             called = phase.model or model
-            with preserve_modes(called):
+            if {id(p) for p in model.parameters()}.isdisjoint(map(id, called.parameters())):
+                raise ValueError(f"phase {phase.name!r} was made for another model; make it anew")
+            with preserve_modes(called), torch.enable_grad():
                 for record in _steps(phase, called, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
@@ -238,6 +240,8 @@ def fit(
 
 
 def _check_batches(batches: Any) -> None:
+    if isinstance(batches, Mapping | Tensor):
+        raise TypeError("batches is one batch; give a list of batches, such as [batch]")
     try:
         empty = len(batches) == 0
     except TypeError:
@@ -282,16 +286,18 @@ def _steps(
     passes = chain.from_iterable(repeat(batches, phase.epochs))
     for number, batch in enumerate(passes, 1):
         batch, step = to_device(batch, model), Step(number, steps, opt)
-        task = loss(model, batch)
+        task, where = loss(model, batch), f"at step {number} of phase {phase.name!r}"
+        check_loss(task, batch, where)
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
-        check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
+        check_loss(total, batch, where)
         opt.zero_grad()
         total.backward()
         if phase.before_step:
             phase.before_step(step)
-        for group in opt.param_groups if phase.clip is not None else ():
-            nn.utils.clip_grad_norm_(group["params"], phase.clip)
+        if phase.clip is not None:
+            for group in opt.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], phase.clip)
         opt.step()
         if phase.after_step:
             phase.after_step(step)

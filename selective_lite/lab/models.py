@@ -41,7 +41,7 @@ def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -
             place, num_labels=labels, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(place)
-    return model.to(device()).eval(), tokenizer
+    return _named(model, source), tokenizer
 
 
 def load_language_model(source: str = "smollm2") -> tuple[Any, Any]:
@@ -65,7 +65,16 @@ def load_language_model(source: str = "smollm2") -> tuple[Any, Any]:
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    return model.to(device()).eval(), tokenizer
+    return _named(model, source), tokenizer
+
+
+def _named(model: Any, source: str) -> Any:
+    """The model, ready on `device`; its config says `source`, not the folder of a cache.
+
+    A delta writes that down as its base.
+    """
+    model.config._name_or_path = source
+    return model.to(device()).eval()
 
 
 @contextmanager

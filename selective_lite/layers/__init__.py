@@ -1,1 +1,1 @@
-"""Layers: changed in one way and restored: selected entries, sampled products, small modules."""
+"""Layers: the one way to change a layer, for selected entries and for small modules."""

@@ -19,6 +19,7 @@ from .attach import Attached, attach, detach, stand_in
 from .sampled import Index, Operands, embedding, linear, precise, scatter
 
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
+EXPORTED = "leave masked training before the model is exported, traced or scripted"
 REPLACED = "cannot be replaced in masked training, as FSDP does; use DistributedDataParallel"
 
 
@@ -63,8 +64,10 @@ class Entries(nn.Module):
         for a backward stay valid.
         """
         values = self._parameters["values"]
-        if not torch.compiler.is_compiling():
-            self._check(values)
+        if torch.compiler.is_exporting() or torch._C._is_tracing():
+            raise RuntimeError(EXPORTED)
+        if not torch.compiler.is_compiling() and values is not self.__dict__["leaf"]:
+            raise RuntimeError(f"the compact values of a tensor {REPLACED}")
         target, source = dense.data, values.data.to(dense.dtype)  # type: ignore[union-attr]
         if self.index is None:
             target.copy_(source)
@@ -72,12 +75,6 @@ class Entries(nn.Module):
             target.view(-1).index_copy_(0, self.index, source)
         else:
             target.put_(self.index, source)
-
-    def _check(self, values: Tensor | None) -> None:
-        if values is not self.__dict__["leaf"]:
-            raise RuntimeError(f"the compact values of a tensor {REPLACED}")
-        if torch.compiler.is_exporting() or torch._C._is_tracing():
-            raise RuntimeError("leave masked training before the model is exported or traced")
 
     def take(self, dense: Tensor) -> None:
         """Set the values from the dense tensor, except where they agree with it already.
@@ -97,6 +94,14 @@ class Entries(nn.Module):
             return self.values.to(dense.dtype)
         return scatter(dense, self.values, self.index)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Entries:
+        """Move as the model does, but stay precise where the model becomes half precision."""
+        before = self.values.data
+        super()._apply(fn, recurse)
+        if self.values.element_size() < 4:
+            self.values.data = before.to(self.values.device)
+        return self
+
     def _save_to_state_dict(self, *_: Any) -> None:
         """Nothing: the layer saves its tensor with the values in it."""
 
@@ -112,6 +117,9 @@ class Selected(Attached):
     """Mixin of the classes of layers with selected entries."""
 
     attributes: ClassVar[tuple[str, ...]]  # the tensors that have entries
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(EXPORTED)
 
     def _save_to_state_dict(self, *rest: Any) -> None:
         for attribute in self.attributes:
@@ -263,7 +271,7 @@ def attach_entries(module: nn.Module, attribute: str, entries: Entries, sampled:
 
 
 def detach_entries(module: nn.Module) -> None:
-    """Write the values of a layer's entries into its tensors, and give it back its class."""
+    """Write the values of a layer's entries into its tensors, and restore its class."""
     if isinstance(module, Selected):
         for attribute in type(module).attributes:
             current(module, attribute)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -25,6 +26,7 @@ from ..selection import Selection
 from .entries import Entries, attach_entries, dense_of, detach_entries, samples, why_refused
 from .sampled import Index, footprint, precise
 
+OPEN = "_masked_training"  # where a model in masked training holds it
 STAMP = "selection"  # the key of an optimizer's group that says which selection it trains
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 Self = TypeVar("Self", bound="MaskedTraining")
@@ -39,7 +41,8 @@ class MaskedTraining:
     them as usual. Selected weights of ``nn.Linear``, ``nn.Embedding``, Hugging Face's ``Conv1D``
     and of subclasses that keep their forward get sampled gradients. Those of any other tensor are
     gathered from its dense gradient, which lives for a moment in the backward. A tensor that is
-    selected whole trains as it is. What is trained in half precision gets a float32 master.
+    selected whole trains as it is. What is trained in half precision gets a float32 master, which a
+    ``state_dict`` holds rounded, as the model's own tensor; `hf.SaveDelta` keeps masters.
 
     Parameters
     ----------
@@ -89,7 +92,7 @@ class MaskedTraining:
     ) -> None:
         self.head_names, also = check_selection(model, selection, dense, head, shrinks)
         self.model, self.selection, self.sampled = params.unwrap(model), selection, sampled
-        self.total = sum(p.numel() for p in params.weights(model, self.head_names).values())
+        self.total = sum(p.numel() for p in params.weights(model, head).values())
         self.allow_unused = _skips(self.model) if allow_unused is None else allow_unused
         named, self._places = params.named_parameters(model), params.owners(model)
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -120,12 +123,19 @@ class MaskedTraining:
         self._checked = weakref.WeakSet[Optimizer]()
         own = weakref.ref(self)
         self._hook = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
-        _OPEN[self.model] = self
+        self.model.__dict__[OPEN] = _Held(self)
 
     @property
     def closed(self) -> bool:
         """Whether the model was restored."""
         return self._final is not None
+
+    @property
+    def gathered(self) -> list[str]:
+        """Matrices and larger tensors whose selected gradients are gathered from dense ones."""
+        partly = [n for n, entries in self._entries.items() if entries.index is not None]
+        matrices = (n for n in partly if dense_of(*self._places[n][0]).dim() > 1)
+        return [n for n in matrices if gathers(self._places[n], self.sampled)]
 
     def parameters(self) -> list[Parameter]:
         """What the selection trains: a compact parameter, or a whole tensor, for each tensor."""
@@ -216,7 +226,7 @@ class MaskedTraining:
         if self.closed:
             return
         self._hook.remove()
-        _OPEN.pop(self.model, None)
+        self.model.__dict__.pop(OPEN, None)
         self._final = self.values(precise=True)
         unmask(self.model)
         for name, p in params.named_parameters(self.model).items():
@@ -238,12 +248,20 @@ class MaskedTraining:
         return found.hexdigest()[:16]
 
 
-_OPEN: weakref.WeakKeyDictionary[Module, MaskedTraining] = weakref.WeakKeyDictionary()
+class _Held:
+    """Keeps an open training as long as its model; a copy of the model has none."""
+
+    def __init__(self, training: MaskedTraining | None = None) -> None:
+        self.training = training
+
+    def __reduce__(self) -> tuple:
+        return _Held, ()
 
 
 def training_of(model: Module) -> MaskedTraining | None:
-    """The masked training that a model is in, None if it is in none."""
-    return _OPEN.get(params.unwrap(model))
+    """The masked training that a model is in, None if it is in none (or is a copy)."""
+    held = params.unwrap(model).__dict__.get(OPEN)
+    return held.training if held is not None else None
 
 
 def unmask(model: Module) -> None:
@@ -261,6 +279,11 @@ def check_selection(
     """Raise as `MaskedTraining` would; else give the names of the head and of the dense tensors."""
     if params.in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which has taken note of the parameters "
+            "that it had; wrap it inside masked training"
+        )
     named, places, indices = params.named_parameters(model), params.owners(model), selection.indices
     params.check_names(indices, named, "selection")
     also = params.names_under(dense, named, "dense")
@@ -308,9 +331,9 @@ def _check_places(argument: str, places: Mapping[str, Places]) -> None:
         )
 
 
-def gathers(places: Places) -> bool:
+def gathers(places: Places, sampled: bool = True) -> bool:
     """Whether a tensor's selected gradients come from a dense one, at one of its places."""
-    return not all(samples(*place) for place in places)
+    return not (sampled and all(samples(*place) for place in places))
 
 
 def footprint_of(
@@ -360,9 +383,11 @@ def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
 
 def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
     """Raise if the optimizer that holds these was made too early, or a gradient is missing."""
-    named, trained = params.named_parameters(training.model), training._trained
+    trained = training._trained
     for name, entries in training._entries.items():
-        if id(named[name]) in held and id(entries.values) not in held:
+        module, attribute = training._places[name][0]
+        dense = module._parameters.get(attribute)  # None where a wrapper took it away
+        if id(dense) in held and id(entries.values) not in held:
             what = f"it holds {name!r} itself, which is frozen now; make the optimizer inside"
             raise ValueError(f"optimizer was made before masked training: {what}")
     ours = [name for name in training.selection.indices if id(trained[name]) in held]

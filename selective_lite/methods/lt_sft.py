@@ -139,7 +139,7 @@ def lt_sft(
     Raises
     ------
     TypeError, ValueError
-        At the call for a bad budget or option, or a tensor that no mask can train a part of; from
+        At the call for a bad budget or option, or a tensor that cannot be selected in part; from
         the phases if fewer weights moved than are to be chosen (the model is then rewound).
     """
     theta = weights(model, head)
@@ -187,6 +187,11 @@ def lt_sft(
                 # (eq-lt-sft)  M_w = 1 if |theta_w - theta0_w| is among the k largest, else 0
                 # An excluded embedding with max_norm moves in its forward: leave it out by name.
                 moved = without(movement(model, start, head), exclude)
+                if not any(score.any() for score in moved.values()):
+                    raise ValueError(
+                        "no weight moved in the dense phase: give fit the method itself, not "
+                        "list(method), or raise lr_dense"
+                    )
             finally:
                 rewind(model, start)
             chosen = most_moved(moved, k * (i + 1) // iterations - k * i // iterations, chosen)

@@ -16,7 +16,7 @@ from .base import at, tensors_of
 from .delta import Delta, assemble
 from .file import bits, body_of
 
-_said: list[str] = []  # what `masked` has said in this process
+_said: set[str] = set()  # what `masked` has said in this process
 
 
 class Tuning(MaskedTraining):
@@ -208,9 +208,11 @@ def masked(
     sampled: bool = True,
     allow_unused: bool | None = None,
 ) -> Tuning:
-    """Train only a selection and the task head; the first call in a process prints what is trained.
+    """Train only a selection and the task head.
 
-    Arguments and errors as of `MaskedTraining`.
+    It prints, once for each kind of model, which head it found, and which tensors have no sampled
+    gradients, so that a dense one is formed for a moment. Arguments and errors as of
+    `MaskedTraining`.
 
     Returns
     -------
@@ -227,17 +229,17 @@ def masked(
     """
     options = {"shrinks": shrinks, "sampled": sampled, "allow_unused": allow_unused}
     tuning = Tuning(model, selection, dense, head=head, **options)
-    if not _said:
-        _said.append(_words(tuning))
-        print(_said[0], flush=True)
+    if (what := _what(tuning)) not in _said:
+        _said.add(what)
+        count = f"{tuning.selection.count:,} of {tuning.total:,} weights"
+        print(f"selective_lite trains {count} of this {what}", flush=True)
     return tuning
 
 
-def _words(tuning: Tuning) -> str:
-    named = named_parameters(tuning.model)
-    size = sum(named[name].numel() for name in tuning.head_names)
-    head = f"its head whole ({', '.join(tuning.head_names)}: {size:,} weights)"
-    return (
-        f"selective_lite trains {tuning.selection.count:,} of {tuning.total:,} weights of this "
-        f"{type(tuning.model).__name__}, and {head if size else 'no head: none was found or named'}"
-    )
+def _what(tuning: Tuning) -> str:
+    """What is worth saying once of a kind of model."""
+    named, heads, gathered = named_parameters(tuning.model), tuning._heads, tuning.gathered
+    size = sum(named[name].numel() for name in heads)
+    head = f"its head whole ({', '.join(heads)}: {size:,} weights)" if heads else "no head"
+    dense = f"; dense gradients are gathered for {', '.join(gathered)}" if gathered else ""
+    return f"{type(tuning.model).__name__}, and {head}{dense}"

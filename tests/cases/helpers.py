@@ -1,4 +1,4 @@
-"""Tiny models as users have them, and what a user asks of each: is it right, or am I told what to do?"""
+"""Tiny models as users have them, and a user's question: is it right, or am I told what to do?"""
 
 import copy
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ VIT["intermediate_size"] = 20
 
 
 def hf(name, seed=0, **options):
-    """The model class of transformers of that name with this tiny configuration, in evaluation mode."""
+    """A model of transformers with this tiny configuration, in evaluation mode."""
     cls = getattr(T, name)
     torch.manual_seed(seed)
     return cls(cls.config_class(**options)).eval()
@@ -113,9 +113,9 @@ def chosen(model, **positions):
     return sl.Selection(named, {n: tuple(p.shape) for n, p in model.named_parameters()})
 
 
-def some_of_each(model, count=3, head=(), only=""):
+def some_of_each(model, count=3, head=(), only="", seed=2):
     """A selection of a few random positions in every candidate tensor whose name holds `only`."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     indices, shapes = {}, {}
     for name, p in sl.weights(model, head).items():
         shapes[name] = tuple(p.shape)

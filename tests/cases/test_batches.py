@@ -76,7 +76,42 @@ def test_a_model_that_gives_a_tensor_instead_of_an_output_with_a_loss():
         sl.fit(model, sl.full_finetuning(model, lr=1e-3, epochs=1, head=()), [batch])
 
 
+LOSSES = {
+    "one number a sample": lambda m, b: nn.functional.cross_entropy(
+        m(b["x"]), b["labels"], reduction="none"
+    ),
+    "detached": lambda m, b: cross_entropy(m, b).detach(),
+    "a float": lambda m, b: cross_entropy(m, b).item(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("verb", ["score", "fit"])
+def test_a_loss_that_cannot_be_trained_is_said_to_be_it(loss, verb):
+    """`reduction="none"`, `.detach()` or `.item()` in a user's own loss: torch's errors."""
+    model, loss = mlp(), LOSSES[loss]
+    with refused("loss"):
+        if verb == "score":
+            sl.squared_gradient(model, [vectors()], reduction="batch", loss=loss, head=())
+        phases = sl.full_finetuning(model, lr=1e-3, epochs=1, head=())
+        sl.fit(model, phases, [vectors()], loss=loss)
+
+
+def test_scores_and_training_below_no_grad():
+    """A notebook that said `torch.set_grad_enabled(False)` for its demonstration."""
+    model = mlp()
+    with torch.no_grad():
+        selection = sl.fish(model, [vectors()], 5, loss=cross_entropy, head=())
+        before = sl.snapshot(model)
+        with right_or_refused("no_grad", "loss"):
+            phases = sl.fixed_mask(model, selection, lr=1e-2, epochs=1, head=())
+            sl.fit(model, phases, [vectors()], loss=cross_entropy)
+            assert sl.diff(before, model, head=()).count == 5
+
+
 class Stream(IterableDataset):
+    """Samples without a count of them."""
+
     def __iter__(self):
         return iter([{"x": torch.ones(6), "labels": torch.tensor(1)}] * 8)
 
@@ -86,7 +121,7 @@ def stream():
 
 
 def test_batches_of_an_iterable_dataset():
-    """transformers#5990, #20089, #11766: scores take them; `fit` says what to do, and leaves the model."""
+    """transformers#5990, #20089, #11766: scores take them; `fit` says what to do."""
     model = mlp()
     selection = sl.select(sl.squared_gradient(model, stream(), loss=cross_entropy, head=()), 5)
     phases = sl.fixed_mask(model, selection, lr=1e-2, epochs=1, head=())
@@ -162,7 +197,7 @@ def test_a_tensor_without_the_sample_dimension(first):
 
 
 def test_image_patches_of_all_samples_in_one_tensor():
-    """Qwen's vision: 12 patches for 3 samples. Per-sample scores cannot cut them; per-batch scores can go on."""
+    """Qwen's vision, 12 patches for 3 samples: per-sample scores cannot cut them."""
     model = nn.Linear(4, 2)
     batch = {"patches": torch.randn(12, 4), "labels": torch.tensor([0, 1, 0])}
 
@@ -195,7 +230,7 @@ def test_numbers_and_none_in_a_batch():
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_batches_that_are_tuples(kind):
-    """`for x, y in loader`: a TensorDataset has no names; scores raised a TypeError, `fit` took them."""
+    """`for x, y in loader`: a TensorDataset has no names; scores raised a TypeError."""
 
     def loss(model, batch):
         x, labels = batch
@@ -239,21 +274,13 @@ def test_a_batch_encoding_of_a_tokenizer():
     sl.fit(model, sl.full_finetuning(model, lr=1e-3, epochs=1), [batch])
 
 
-def test_batches_on_another_device_are_moved():
+@pytest.mark.gpu
+def test_batches_on_another_device_are_moved(accelerator):
     """A loader gives CPU tensors, the model is on an accelerator: a bare aten error."""
-    from tests.pretended import accelerator
-
-    with accelerator() as device:
-        model = mlp().to(device)
-        scores = sl.squared_gradient(model, [vectors()], loss=cross_entropy, head=())
-        selection = sl.select(scores, 5)
-        records = sl.fit(
-            model,
-            sl.fixed_mask(model, selection, lr=1e-2, epochs=1, head=()),
-            [vectors()],
-            loss=cross_entropy,
-        )
-    assert len(records) == 1
+    model = mlp().to(accelerator)
+    scores = sl.squared_gradient(model, [vectors()], loss=cross_entropy, head=())
+    phases = sl.fixed_mask(model, sl.select(scores, 5), lr=1e-2, epochs=1, head=())
+    assert len(sl.fit(model, phases, [vectors()], loss=cross_entropy)) == 1
 
 
 def test_a_last_batch_of_another_size():

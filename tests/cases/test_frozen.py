@@ -1,4 +1,7 @@
-"""What the model or its user froze stays frozen: huggingface/transformers#25989, haotian-liu/LLaVA#1647."""
+"""What the model or its user froze stays frozen.
+
+huggingface/transformers#25989, haotian-liu/LLaVA#1647.
+"""
 
 import pytest
 import torch
@@ -58,7 +61,7 @@ SCORES = {
     "magnitude": lambda m: sl.select(sl.magnitude(m), 0.1),
     "random": lambda m: sl.select(sl.random_scores(m, 0), 0.1),
     "fish": lambda m: sl.fish(m, [batch()], 0.1),
-    "bitfit": sl.bitfit if hasattr(sl, "bitfit") else None,
+    "bitfit": sl.bitfit,
     "child_tuning": lambda m: sl.child_tuning(m, [batch()], 0.1),
     "smallest": lambda m: sl.smallest(m, 0.1),
 }
@@ -78,10 +81,10 @@ def test_embeddings_that_the_user_froze_are_not_selected(how):
 METHODS = {
     "full_finetuning": lambda m: sl.full_finetuning(m, lr=1e-2, epochs=2),
     "lt_sft": lambda m: sl.lt_sft(m, 0.1, lr=1e-2, epochs=(2, 2)),
-    "diff_pruning": lambda m: sl.diff_pruning(m, 0.1, lr=1e-2, epochs=(3, 1)),
-    "sara": lambda m: sl.sara(m, 0.1, lr=1e-2, epochs=2),
+    "diff_pruning": lambda m: sl.diff_pruning(m, 0.1, lr_w=1e-2, lr=1e-2, epochs=(3, 1)),
+    "sara": lambda m: sl.sara(m, budget=0.1, lam=0.0, lr=1e-2, epochs=2),
     "child_tuning_f": lambda m: sl.child_tuning_f(m, lr=1e-2, epochs=2),
-    "layerwise_rates": lambda m: sl.layerwise_rates(m, lr=1e-2, epochs=2),
+    "layerwise_rates": lambda m: sl.layerwise_rates(m, lr=1e-2, decay=0.9, epochs=2),
 }
 
 
@@ -100,7 +103,7 @@ def test_frozen_layers_stay_bit_identical_under_every_method(method):
 
 
 def test_a_model_that_is_frozen_as_a_whole_is_trained_all_the_same():
-    """`model.requires_grad_(False)` as before peft: then nothing could be meant but that all are candidates."""
+    """`model.requires_grad_(False)` before peft is applied, by habit: all are candidates."""
     model = bert().requires_grad_(False)
     before, selection = sl.snapshot(model), sl.select(sl.squared_gradient(model, [batch()]), 0.02)
     sl.fit(model, sl.fixed_mask(model, selection, lr=1e-2, epochs=2), [batch()])

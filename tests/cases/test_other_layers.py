@@ -1,4 +1,4 @@
-"""Any floating tensor can be selected in part, on the models that people have, with the README's defaults.
+"""Any floating tensor can be selected in part, on the models that people have.
 
 huggingface/peft#2809, hiyouga/LlamaFactory#6869, unslothai/unsloth#4476, baichuan-inc/Baichuan2#340
 ("Target module ... is not supported"); experts: huggingface/peft#3009, #2527, #2545,
@@ -92,7 +92,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_readmes_defaults_train_at_once(name):
-    """peft#2809 (Gemma's scaled embedding), unsloth#4476, Baichuan2#340: random scores, 300 weights, fit."""
+    """peft#2809 (Gemma's scaled embedding), unsloth#4476, Baichuan2#340: the first lines to try."""
     options, batch = MODELS[name]
     model = hf(name, **options)
     before = sl.snapshot(model)
@@ -117,7 +117,7 @@ def test_fish_on_a_language_model(name):
 
 @pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
 def test_single_weights_of_experts_train(name):
-    """peft#3009, #2527, #2545: since transformers 5 a mixture's experts are one three-dimensional parameter."""
+    """peft#3009, #2527, #2545: a mixture's experts are one three-dimensional parameter."""
     options, batch = MODELS[name]
     model = hf(name, **options).double()
     model.set_experts_implementation("eager")  # torch's grouped product knows no float64
@@ -216,7 +216,7 @@ def weighted_mean(model, x):
 
 @pytest.mark.parametrize("what", LAYERS)
 def test_part_of_any_layer_has_its_dense_gradient(what):
-    """`Target module Conv2d(...) is not supported`: every layer of torch.nn that people fine-tune."""
+    """`Target module Conv2d(...) is not supported`: the layers of torch.nn."""
     make, shape = LAYERS[what]
     torch.manual_seed(0)
     model = make().double()
@@ -246,7 +246,7 @@ def test_part_of_any_layer_trains_and_nothing_else_moves(what):
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
 def test_a_masked_recurrent_model_can_be_copied(cls):
-    """A copy for early stopping or for an average of weights, made while an LSTM's bias is selected."""
+    """A copy for early stopping, made while weights and biases of an LSTM are selected."""
     model, x = Recurrent(cls), torch.randn(SEQUENCE)
     with sl.masked(model, some_of_each(model), head=()) as tuning:
         train(model, tuning.parameters(), x, weighted_mean)
@@ -298,8 +298,8 @@ def test_other_methods_train_an_encoder_decoder(method):
     model, steps = hf("BartForConditionalGeneration", **LM), []
     before = sl.snapshot(model)
     calls = {
-        "diff_pruning": lambda: sl.diff_pruning(model, 0.05, lr=1e-3, epochs=(2, 1)),
-        "sara": lambda: sl.sara(model, 0.05, lr=1e-3, epochs=2),
+        "diff_pruning": lambda: sl.diff_pruning(model, 0.05, lr_w=1e-2, lr=1e-3, epochs=(2, 1)),
+        "sara": lambda: sl.sara(model, budget=0.05, lam=0.0, lr=1e-3, epochs=2),
         "child_tuning_f": lambda: sl.child_tuning_f(model, lr=1e-3, epochs=2),
         "full_finetuning": lambda: sl.full_finetuning(model, lr=1e-3, epochs=2),
     }

@@ -1,4 +1,4 @@
-"""Methods of several phases, used as people use them: twice, as lists, on another model, with arguments that are off.
+"""Methods used as people use them: twice, as lists, on another model, with wrong arguments.
 
 cambridgeltl/composable-sft#2 and its kind: what is wrong is said before a step is paid for.
 """
@@ -20,14 +20,14 @@ from tests.cases.helpers import (
 METHODS = {
     "fixed_mask": lambda m, **o: sl.fixed_mask(m, some_of_each(m, head=None), **o),
     "full_finetuning": lambda m, **o: sl.full_finetuning(m, **o),
-    "lt_sft": lambda m, epochs=1, **o: sl.lt_sft(m, 0.1, epochs=(epochs, epochs), **o),
-    "diff_pruning": lambda m, epochs=1, **o: sl.diff_pruning(
-        m, 0.1, epochs=(3 if epochs == 1 else epochs, epochs), **o
+    "lt_sft": lambda m, epochs, **o: sl.lt_sft(m, 0.1, epochs=(epochs, epochs), **o),
+    "diff_pruning": lambda m, epochs, **o: sl.diff_pruning(
+        m, 0.1, lr_w=1e-2, epochs=(epochs, epochs), **o
     ),
-    "sara": lambda m, **o: sl.sara(m, 0.1, **o),
-    "sora": lambda m, **o: sl.sora(m, **o),
+    "sara": lambda m, **o: sl.sara(m, budget=0.1, lam=0.0, reselect=None, **o),
+    "sora": lambda m, **o: sl.sora(sl.SoRA(m, 2), **o),
     "child_tuning_f": lambda m, **o: sl.child_tuning_f(m, **o),
-    "layerwise_rates": lambda m, **o: sl.layerwise_rates(m, **o),
+    "layerwise_rates": lambda m, **o: sl.layerwise_rates(m, decay=0.9, **o),
 }
 
 
@@ -51,8 +51,8 @@ def test_a_method_that_is_used_twice_says_so(method):
 def test_the_phases_of_another_model_are_refused(method):
     """`fit(student, fixed_mask(teacher, ...))`: the wrong one of two models."""
     model, other = bert(), bert(1)
-    phases = METHODS[method](other, lr=1e-2, epochs=1)
     states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model, other)]
+    phases = METHODS[method](other, lr=1e-2, epochs=1)
     with refused("model"):
         sl.fit(model, phases, batches())
     for each, state in zip((model, other), states, strict=True):
@@ -90,8 +90,8 @@ def test_arguments_are_checked_when_a_method_is_called(method, wrong):
         (lambda m: sl.fish(m, batches(), True), "budget"),
         (lambda m: sl.child_tuning(m, batches(), 0.3, reduction="nope"), "reduction"),
         (lambda m: sl.lt_sft(m, 2.0, lr=1e-3, epochs=(1, 1)), "budget"),
-        (lambda m: sl.diff_pruning(m, 0, lr=1e-3, epochs=(1, 1)), "budget"),
-        (lambda m: sl.sara(m, 1.5, lr=1e-3, epochs=1), "budget"),
+        (lambda m: sl.diff_pruning(m, 0, lr_w=1e-3, lr=1e-3, epochs=(1, 1)), "budget"),
+        (lambda m: sl.sara(m, budget=1.5, lr=1e-3, epochs=1), "budget"),
         (lambda m: sl.lt_sft(m, 0.1, lr=1e-3, epochs=(1, 1), exclude=("nope",)), "exclude"),
         (lambda m: sl.random(m, 0.0, 0), "budget"),
         (lambda m: sl.last_layers(m, 99), "count"),

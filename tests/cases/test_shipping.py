@@ -1,8 +1,9 @@
-"""What is shipped makes the receiver's model the tuned one, or is refused: never another model in silence.
+"""What is shipped makes the receiver's model the tuned one, or is refused.
 
 Buffers: huggingface/peft#1732. Ties: huggingface/peft#2777, #2018,
 thinking-machines-lab/tinker-cookbook#593. New tokens: huggingface/peft#1605, #2376,
-hiyouga/LlamaFactory#6749. During training: huggingface/peft#353, #96, huggingface/transformers#24073.
+hiyouga/LlamaFactory#6749. During training: huggingface/peft#353, #96,
+huggingface/transformers#24073.
 """
 
 import copy
@@ -73,7 +74,7 @@ def far_away():
 @pytest.mark.parametrize("make", BUFFERED)
 @pytest.mark.parametrize("start", ["model", "snapshot", "tuning"])
 def test_statistics_that_moved_are_shipped(make, start, path):
-    """peft#1732: batch norm's running statistics moved in training, and the file did not hold them."""
+    """peft#1732: running statistics moved in training, and the file did not hold them."""
     base, tuned, fresh = make(), make(), make()
     before, batch = sl.snapshot(tuned), far_away()
     selection = sl.select(sl.random_scores(tuned, 0, head=()), 0.2)
@@ -104,7 +105,7 @@ def test_a_delta_of_another_batch_norm_model_is_refused_not_half_applied():
     sl.fit(tuned, phases, [far_away()], loss=cross_entropy)
     other[1].running_mean += 1.0
     state = copy.deepcopy(other.state_dict())
-    with pytest.raises(sl.DeltaError, match="1.running_mean"):
+    with pytest.raises(sl.DeltaError, match=r"1\.running_mean"):
         sl.diff(base, tuned, head=()).apply(other)
     assert all(torch.equal(state[n], t) for n, t in other.state_dict().items())
 
@@ -114,7 +115,7 @@ def pretrained():
 
 
 def export(tie):
-    """The same checkpoint, with input and output embeddings tied or two copies of the same numbers."""
+    """The same checkpoint, with input and output embeddings tied, or equal."""
     model = llama(tie_word_embeddings=tie)
     model.load_state_dict(pretrained())
     return model
@@ -188,7 +189,7 @@ def stepped(model, tuning):
 
 
 def test_a_diff_at_every_checkpoint():
-    """peft#353, #96, transformers#24073: inside masked training, after a step, without leaving it."""
+    """peft#353, #96, transformers#24073: after a step, without leaving masked training."""
     model = mlp()
     before = sl.snapshot(model)
     with sl.masked(model, sl.select(sl.random_scores(model, 0, head=()), 9), head=()) as tuning:
@@ -262,17 +263,19 @@ class Holder(nn.Module):
 
 @pytest.mark.parametrize("wrap", [Holder, lambda m: Holder(Holder(m)), torch.compile])
 def test_the_same_base_under_another_prefix(wrap):
-    """The receiver holds the model in a module of its own (`model.bert...` for `bert...`), or compiled."""
+    """The receiver has the model in a module of its own (`model.bert...`), or compiled."""
     tuned, delta = tuned_bert()
     receiver = bert()
     applied = delta.apply(wrap(receiver))
     assert torch.equal(receiver(**tokens("classes")).logits, tuned(**tokens("classes")).logits)
     applied.revert()
-    assert all(torch.equal(p, q) for p, q in zip(receiver.parameters(), bert().parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(receiver.parameters(), bert().parameters(), strict=True)
+    )
 
 
 def test_the_body_of_the_base_without_its_head():
-    """BertModel receives what BertForSequenceClassification learned: the body is right, the head is named."""
+    """BertModel receives what a classifier learned: the body is right, the head is named."""
     tuned, delta = tuned_bert()
     receiver = hf("BertModel", **ENCODER)
     receiver.load_state_dict(bert().bert.state_dict())

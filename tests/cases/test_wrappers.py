@@ -6,17 +6,18 @@ huggingface/peft#1702, mosaicml/llm-foundry#414, pytorch/pytorch#104690.
 
 import copy
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import selective_lite as sl
 from tests.cases.helpers import (
     assert_clear,
+    assert_gradients_agree,
     assert_only_these_moved,
     bert,
     cross_entropy,
@@ -85,7 +86,7 @@ def alone():
 
 @pytest.mark.parametrize("when", ["before masking", "inside masking"])
 def test_a_model_in_distributed_data_parallel(alone, when):
-    """`model = DDP(model)` comes first in most scripts: names and results without `module.`, or refused."""
+    """`model = DDP(model)` comes first in most scripts: it is right, or refused."""
     model, plain, ddp = mlp(), mlp(), nn.parallel.DistributedDataParallel
     selection = some_of_each(plain)
     with sl.masked(plain, selection, head=()) as tuning:
@@ -122,31 +123,48 @@ def test_data_parallel_is_refused():
 
 
 def test_replicas_of_data_parallel_made_inside_are_refused():
-    """What DataParallel does on two GPUs, done by hand: a replica's tensors are not leaves."""
+    """Trainer uses DataParallel by itself if it sees two GPUs: what a replica is given."""
     model = mlp()
     with sl.masked(model, some_of_each(model), head=()):
-        replica = model._replicate_for_data_parallel()
-        replica._modules["0"] = layer = model[0]._replicate_for_data_parallel()
-        layer._modules["weight_entries"] = entries = layer._modules[
-            "weight_entries"
-        ]._replicate_for_data_parallel()
-        entries._parameters["values"] = model[0]._modules["weight_entries"].values * 1
+        replica = model[0]._replicate_for_data_parallel()
         with refused("DataParallel"):
-            layer(vectors()["x"])
+            replica.weight = model[0].weight.detach()
+            replica(vectors()["x"])
 
 
-def test_fsdp_is_right_or_refused_before_training():
+@pytest.mark.parametrize("style", ["FSDP", "fully_shard"])
+@pytest.mark.parametrize("order", ["mask first", "shard first"])
+@pytest.mark.parametrize("save", ["state_dict", "close"])
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp_is_right_or_refused_before_training(alone, style, order, save):
     """peft#1702, llm-foundry#414: it trained, and could then be neither saved nor written back."""
-    script = Path(__file__).with_name("sharded.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    model = mlp()
+    selection = some_of_each(model)
+    try:
+        if order == "mask first":
+            tuning = sl.masked(model, selection, head=())
+            sharded = shard(model, style)
+        else:
+            sharded = shard(model, style)
+            tuning = sl.masked(sharded, selection, head=())
+        trained = [p for p in sharded.parameters() if p.requires_grad]
+        train(sharded, trained, vectors(), cross_entropy, kind=torch.optim.SGD)
+    except Exception as error:
+        assert any(w in str(error) for w in ("FSDP", "shard", "Distributed")), repr(error)
+    else:
+        _ = sharded.state_dict() if save == "state_dict" else tuning.close()
+
+
+def shard(model, style):
+    """A model whose parameters are spread over the processes of its group."""
+    if style == "FSDP":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 
 
 @pytest.mark.parametrize("kind", ["compact", "LoRA"])
 def test_a_changed_model_is_pickled_or_says_what_to_do(tmp_path, kind):
-    """`torch.save(model)`, `multiprocessing` with spawn: `Can't pickle MaskedLinear: attribute lookup failed`."""
+    """`torch.save(model)`, spawned processes: `Can't pickle MaskedLinear`."""
     model, x = mlp(), vectors()["x"]
     if kind == "LoRA":
         sl.add_adapters(model, ("0.weight",), kind="lora", rank=2)
@@ -168,7 +186,7 @@ def test_a_changed_model_is_pickled_or_says_what_to_do(tmp_path, kind):
 
 
 def test_a_copy_made_inside_is_a_model_of_its_own():
-    """`best = copy.deepcopy(model)` for early stopping: it keeps its values when training goes on."""
+    """`best = copy.deepcopy(model)` for early stopping keeps its values."""
     model, x = bert(), batch()
     with sl.masked(model, some_of_each(model, head=None)) as tuning:
         parameters = [*tuning.parameters(), *tuning.dense_parameters()]
@@ -182,7 +200,7 @@ def test_a_copy_made_inside_is_a_model_of_its_own():
 
 
 def test_the_state_of_a_model_in_masked_training_loads_into_an_ordinary_one():
-    """`torch.save(model.state_dict())` in a user's own loop: the values of now, under the model's own keys."""
+    """`torch.save(model.state_dict())` in a user's own loop: values of now, own keys."""
     model, ordinary = bert(), bert()
     with sl.masked(model, some_of_each(model, head=None)) as tuning:
         train(model, [*tuning.parameters(), *tuning.dense_parameters()], batch())
@@ -229,7 +247,7 @@ def test_an_export_inside_masked_training_is_right_or_refused(how):
 
 
 def test_torch_func_inside_masked_training_is_right_or_refused():
-    """functional_call with the parameters of the model, as meta-learning and ensembling code does."""
+    """functional_call with the parameters of the model, as meta-learning does."""
     model, x = mlp().double(), vectors()["x"].double()
     with sl.masked(model, some_of_each(model), head=()) as tuning:
         own = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -250,7 +268,7 @@ def test_torch_func_inside_masked_training_is_right_or_refused():
 
 
 def test_a_base_that_is_offloaded_is_refused():
-    """`device_map="auto"` left layers on the disk or in main memory: they are on the meta device."""
+    """`device_map="auto"` left layers elsewhere: here they are on the meta device."""
     accelerate = pytest.importorskip("accelerate")
     model, selection = bert(), some_of_each(bert())
     accelerate.cpu_offload(model, execution_device="cpu")
@@ -300,7 +318,7 @@ class Integers(Quantized):
 
 @pytest.mark.parametrize("kind", [Quantized, Integers])
 def test_a_quantized_base_trains_what_floats_remain(kind, path):
-    """QLoRA's base: norms, biases and embeddings are floats still; the integers are no candidates."""
+    """QLoRA's base: norms, biases and embeddings are floats still, and can be selected."""
     model, fresh = bert(), bert()
     for each in (model, fresh):
         for layer in each.bert.encoder.layer:
@@ -326,6 +344,61 @@ def test_gradient_checkpointing():
             train(each, tuning.parameters(), tokens())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, plain.get_parameter(name))
+
+
+def test_hooks_of_the_user_run_as_before():
+    """Activations are looked at with forward hooks, gradients with backward hooks."""
+    model, seen = mlp(), []
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    model[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    with sl.masked(model, some_of_each(model), head=()) as tuning:
+        train(model, tuning.parameters(), vectors(), cross_entropy, steps=1)
+    model(vectors()["x"])
+    assert seen == ["before", "forward", "backward", "before", "forward"]
+
+
+def test_pruned_layers_keep_their_zeros():
+    """torch.nn.utils.prune computes `weight` from `weight_orig` in a hook before every forward."""
+    model, x = mlp(), vectors()
+    nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    zeros = model[0].weight == 0
+    before, selection = sl.snapshot(model), some_of_each(model, 12)
+    with sl.masked(model, selection, head=()) as tuning:
+        train(model, tuning.parameters(), x, cross_entropy)
+        inside = model(x["x"])
+    assert torch.equal(model(x["x"]), inside)
+    assert (model[0].weight[zeros] == 0).all()
+    assert_only_these_moved(before, model, selection)
+
+
+def test_text_is_generated_inside_as_after():
+    """Samples are looked at in every epoch; the cache of keys and values is used."""
+    model, ids = llama(), tokens()["input_ids"]
+    with sl.masked(model, some_of_each(model, 100)) as tuning:
+        train(model, tuning.parameters(), tokens(), lr=0.1)
+        inside = model.eval().generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), inside)
+
+
+def test_a_layer_that_is_called_twice_gets_both_gradients():
+    """One layer at two depths, as in ALBERT."""
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2)).double()
+    data = {**vectors(), "x": vectors()["x"].double()}
+    assert_gradients_agree(model, some_of_each(model), data, cross_entropy)
+
+
+def test_a_failed_wrapper_does_not_stop_other_trainings(alone):
+    """FSDP was refused, the notebook holds on to its error; another model trains on."""
+    broken, model = mlp(), mlp(1)
+    open_training = sl.masked(broken, some_of_each(broken), head=())
+    with pytest.raises(RuntimeError):
+        shard(broken, "FSDP")(vectors()["x"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cross_entropy(model, vectors()).backward()
+    optimizer.step()
+    assert not open_training.closed
 
 
 def test_masking_twice_says_to_leave_first():

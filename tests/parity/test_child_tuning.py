@@ -44,7 +44,7 @@ def model(golden):
 
 
 def train(model, method, golden):
-    """Three steps at a constant rate without clipping: w and b after each, the optimizer's state."""
+    """Three steps at a constant rate, no clipping: w and b after each, the optimizer's state."""
     made, w, b = [], [], []
 
     def phases():

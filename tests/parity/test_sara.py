@@ -1,4 +1,4 @@
-"""SaRA against the authors' code (Hu et al. 2024): masks, norm, five steps; its default's faults."""
+"""SaRA against the authors' code (Hu et al. 2024): masks, norm, steps; its default's faults."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SPT against the allocations of the authors' code (He et al. 2023), exactly and for every budget."""
+"""SPT against the allocations of the authors' code (He et al. 2023), for every budget."""
 
 import json
 from pathlib import Path

@@ -32,14 +32,31 @@ def test_a_batch_without_tensors_is_refused():
         batch_size({"a": 1})
 
 
+def number(value):
+    return torch.tensor(value, requires_grad=True)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [([-100, -100], "every label of this batch is -100"), ([0, -100], "lower the learning rate")],
 )
 def test_a_loss_that_is_not_finite_says_the_likely_cause(labels, message):
     with pytest.raises(ValueError, match=f"loss is nan at step 3.*{message}"):
-        check_loss(torch.tensor(float("nan")), {"labels": torch.tensor(labels)}, "at step 3")
-    check_loss(torch.tensor(1.0), {"labels": torch.tensor([-100])}, "at step 3")
+        check_loss(number(float("nan")), {"labels": torch.tensor(labels)}, "at step 3")
+    check_loss(number(1.0), {"labels": torch.tensor([-100])}, "at step 3")
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (torch.ones(2, requires_grad=True), TypeError, r"loss is of shape \(2,\) at step 3"),
+        (1.0, TypeError, "loss is a float at step 3"),
+        (torch.tensor(1.0), ValueError, "loss has no gradient at step 3: it was detached"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_said_to_be_it(loss, error, message):
+    with pytest.raises(error, match=message):
+        check_loss(loss, {}, "at step 3")
 
 
 def test_a_batch_without_labels_is_named(build, batches):

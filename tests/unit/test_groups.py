@@ -46,7 +46,7 @@ def test_layers_of_two_stacks_are_apart():
     model = nn.ModuleDict(
         {"encoder": nn.Sequential(nn.Linear(2, 2)), "decoder": nn.Sequential(nn.Linear(2, 2))}
     )
-    groups = by_layer(model, sl.weights(model))
+    groups = by_layer(model, sl.weights(model, ()))
     assert groups["encoder.0.weight"] == groups["encoder.0.bias"] != groups["decoder.0.weight"]
 
 

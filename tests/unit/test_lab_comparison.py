@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from selective_lite.lab import comparison, results
+from selective_lite.lab.experiments import studies
 
 NAMES = {"full": "full", "random": "random", "ours": "Ours", "rule": "Rule", "absent": "Absent"}
 
@@ -97,7 +98,7 @@ def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
         "read",
         lambda name: [dict(r, majority=0.5) for r in ROWS] if name == "toy" else [],
     )
-    monkeypatch.setattr(comparison, "stale", lambda rows: [])
+    monkeypatch.setattr(studies, "stale", lambda rows: [])
     drawn = []
     monkeypatch.setattr(comparison, "draw", lambda ax, rows, names: drawn.append(rows))
     rows = comparison.show("toy", {"full": "full", "ours": "Ours"})
@@ -106,7 +107,7 @@ def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "not in results: nothing" in said
     assert "400 test examples; the commoner answer alone: 50.0%" in said
-    monkeypatch.setattr(comparison, "stale", lambda rows: rows[:1])
+    monkeypatch.setattr(studies, "stale", lambda rows: rows[:1])
     with pytest.raises(AssertionError, match="make restamp"):
         comparison.show("toy", {"full": "full"})
 

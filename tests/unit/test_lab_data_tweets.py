@@ -22,7 +22,7 @@ class Words:
 
 
 class Table(nn.Module):
-    """A language model that knows one table, the logits of what follows each token; with dropout."""
+    """A language model that knows one table, the logits after each token; with dropout."""
 
     def __init__(self, logits):
         super().__init__()

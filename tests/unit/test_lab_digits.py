@@ -1,4 +1,4 @@
-"""Digits: splits that share no image, shifts that do what they say, and a vision transformer that is seeded."""
+"""Digits: splits that share no image, shifts that do what they say, a seeded transformer."""
 
 import pytest
 import torch

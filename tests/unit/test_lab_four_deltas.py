@@ -1,4 +1,4 @@
-"""The four deltas that are committed are those of their rows, and do on the task what the rows say."""
+"""The four committed deltas are those of their rows, and answer as the rows say."""
 
 import pytest
 import torch

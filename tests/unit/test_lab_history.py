@@ -25,7 +25,10 @@ def shown(monkeypatch):
 
 
 def test_track_is_silent_where_nobody_watches():
-    code = "from selective_lite.lab.history import track; assert list(track(range(3), 'x')) == [0, 1, 2]"
+    code = (
+        "from selective_lite.lab.history import track; "
+        "assert list(track(range(3), 'x')) == [0, 1, 2]"
+    )
     environment = {**os.environ, "TQDM_DISABLE": ""}
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=environment, text=True, check=False

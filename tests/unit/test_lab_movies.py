@@ -30,7 +30,7 @@ def first_phase(started, method, budget):
     model, task = copy.deepcopy(started[0]), started[1]
     total = sum(p.numel() for p in weights(model).values())
     phases = RECIPES[method](model, task, config, 1e-3)
-    phase = next(phases)
+    phase = next(iter(phases))
     trained = run.trained(phase, model)
     fixed = run.is_fixed_mask(phase, model)
     phases.close()

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from selective_lite.lab import plots
+from selective_lite.names import kind_of, layer_of
 
 ALT = 'a curve that rises from "zero" to one'
 
@@ -144,7 +145,7 @@ def test_intervals_must_hold_their_estimate(draw):
     ],
 )
 def test_tensors_are_sorted_by_what_they_do(name, kind, layer):
-    assert (plots.kind(name), plots.layer(name)) == (kind, layer)
+    assert (kind_of(name), layer_of(name)) == (kind, layer)
 
 
 def test_where_counts_by_layer_and_kind():

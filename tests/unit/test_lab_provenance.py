@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -301,6 +302,27 @@ def test_a_root_that_is_not_there_raises(package, root, there):
         there = "training.step, twice.step"
     with pytest.raises(ValueError, match=rf"roots names '{re.escape(root)}'.*: {there}$"):
         digest(root)
+
+
+def test_a_setting_counts_as_it_is(package):
+    plain = digest()
+    found = [provenance.code_hash([setting, "one.one"]) for setting in ("cliff=0.1", "cliff=0.2")]
+    assert len({plain, *found}) == 3
+    assert provenance.code_hash(["one.one", "cliff=0.1"]) == found[0], "in any order"
+    package("training.py", "return -x", "return x")
+    assert provenance.code_hash(["one.one", "cliff=0.1"]) != found[0]
+    assert provenance.reached(["one.one", "cliff=0.1"]) == provenance.reached(["one.one"])
+
+
+@pytest.mark.parametrize("change", [{"cliff": 0.2}, {"lower": True}])
+def test_a_sweep_follows_from_its_cliff_and_direction_and_a_run_does_not(change):
+    run, sweep = {"method": "fish", "lr": 1e-2}, {"method": "fish", "grid": [1e-3]}
+    other = replace(movies.STUDY, **change)
+    before, after = (
+        [provenance.code_hash(study.roots(config)) for config in (run, sweep)]
+        for study in (movies.STUDY, other)
+    )
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
 def page(*cells, files=()):

@@ -90,6 +90,15 @@ def test_a_sweep_is_vouched_for_by_its_run_at_the_rate_it_chose(toy, best, losse
     assert any("toy_rates" in line for line in left) == (library == "old")
 
 
+def test_a_restamp_of_some_methods_leaves_the_others_as_they_were(toy):
+    other = row(first_losses=LOSSES)
+    other["config"] = {**other["config"], "method": "random", "seed": 1}
+    results.write("toy", [row(first_losses=LOSSES), other])
+    assert restamp.restamp(only=["random"]) == []
+    assert toy["replayed"] == [1]
+    assert [row["library"] for row in results.read("toy")] == ["old", "new"]
+
+
 def test_rows_of_benchmarks_are_named_with_the_command_that_makes_them(toy):
     bench = {**row(), "config": {"way": "LoRA"}}
     del bench["study"]

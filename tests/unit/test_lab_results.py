@@ -1,4 +1,4 @@
-"""Results: a row knows the code that made it, a killed run costs one row, and differences are paired."""
+"""Results: a row knows the code behind it, a killed run costs one row, differences are paired."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from selective_lite.lab import results
-from selective_lite.lab.experiments import movies
+from selective_lite.lab.experiments import movies, studies
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +110,9 @@ def test_a_worker_that_fails_costs_its_row_alone():
 
 def test_rows_of_other_code_are_stale_and_run_again(checkout):
     rows = results.run_missing("toy", CONFIGS[:2], lambda config: {"accuracy": 0.5}, roots)
-    assert results.stale(rows) == []
+    assert studies.stale(rows) == []
     checkout["hash"] = "tomorrow"
-    assert results.stale(rows) == rows
+    assert studies.stale(rows) == rows
     fresh = results.run_missing("toy", CONFIGS[:1], lambda config: {"accuracy": 0.7}, roots)
     assert [row["accuracy"] for row in fresh] == [0.7]
     assert results.read("toy") == fresh
@@ -123,8 +123,8 @@ def test_rows_of_the_first_edition_are_neither_stale_nor_run_again(checkout):
     first = [{**row, "edition": "first"} for row in results.read("toy")]
     results.write("toy", first)
     checkout["hash"] = "tomorrow"
-    assert results.stale(first) == []
-    assert results.changed(first) == first
+    assert studies.stale(first) == []
+    assert studies.changed(first) == first
     assert results.run_missing("toy", CONFIGS[:1], lambda config: {}, roots) == first
 
 
@@ -134,12 +134,12 @@ def test_code_that_is_gone_makes_a_row_stale_and_a_row_of_a_study_asks_the_study
 
     row = {"config": {"method": "fish"}, "roots": ["gone.py:run"], "library": "x"}
     monkeypatch.setattr(results, "code_hash", gone)
-    assert results.stale([row]) == [row]
-    assert list(results.roots_of(row)) == ["gone.py:run"]
-    asked = results.roots_of({**row, "study": "movies"})
+    assert studies.stale([row]) == [row]
+    assert list(studies.roots_of(row)) == ["gone.py:run"]
+    asked = studies.roots_of({**row, "study": "movies"})
     assert asked == movies.STUDY.roots(row["config"])
     assert any(root.endswith("recipes.py:fish") for root in asked)
-    assert results.stale([{**row, "study": "movies", "config": {"method": "gone"}}]) != []
+    assert studies.stale([{**row, "study": "movies", "config": {"method": "gone"}}]) != []
 
 
 def test_a_row_carries_the_code_that_it_started_with(checkout):
@@ -149,7 +149,7 @@ def test_a_row_carries_the_code_that_it_started_with(checkout):
 
     rows = results.run_missing("toy", CONFIGS[:2], run, roots)
     assert {row["library"].split()[0] for row in rows} == {"today"}
-    assert results.stale(rows) == rows
+    assert studies.stale(rows) == rows
 
 
 def test_a_write_that_fails_leaves_the_old_rows():

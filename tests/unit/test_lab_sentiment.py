@@ -1,4 +1,4 @@
-"""Tasks: splits that share no text and no document, the same for a seed, batched by length, and evaluated in order."""
+"""Sentiment: splits share no text and no document, batches are by length, answers in order."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -194,6 +194,7 @@ def test_the_assets_classifier_is_seeded_and_leaves_the_global_generator():
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
     assert torch.equal(one.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
     assert not one.training
+    assert one.config._name_or_path == "minilm"  # a delta's base, not the folder of a cache
     assert tokenizer("a film")["input_ids"][0] == tokenizer.cls_token_id
 
 
@@ -201,6 +202,7 @@ def test_the_language_model_is_read_from_its_quantized_file_and_speaks():
     from selective_lite.lab import load_language_model
 
     model, tokenizer = load_language_model()
+    assert model.config._name_or_path == "smollm2"
     assert (model.training, model.dtype, model.config.tie_word_embeddings) == (
         False,
         torch.float32,

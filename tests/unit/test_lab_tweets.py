@@ -54,22 +54,6 @@ def test_the_shipped_delta_is_its_row_s():
     assert places == {name: count for name, count in row["per_tensor"].items() if count}
 
 
-def test_the_mask_of_a_delta_is_the_selection_that_made_it(build):
-    model = build("llama")
-    before = sl.snapshot(model)
-    whole = "model.norm.weight"
-    scores = {name: s + (name == whole) for name, s in sl.random_scores(model, 0).items()}
-    selection = sl.select(scores, 60)
-    assert len(selection.indices[whole]) == model.get_parameter(whole).numel()
-    with torch.no_grad():
-        for name, index in selection.indices.items():
-            model.get_parameter(name).view(-1)[index] += 1
-    found = tweets.mask_of(sl.diff(before, model), model)
-    assert found.shapes == selection.shapes
-    assert list(found.indices) == list(selection.indices)
-    assert all(torch.equal(found.indices[name], index) for name, index in selection.indices.items())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["untouched", "fish", "random"])
 def test_every_method_runs_on_a_gpu(build, accelerator, tmp_path, monkeypatch, method):

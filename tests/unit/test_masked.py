@@ -1,8 +1,10 @@
 """Masked training: only what is selected moves, as a dense masked optimizer would move it, and the model comes back."""
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
 from selective_lite.layers.entries import why_refused
+from selective_lite.layers.masked import training_of
 from selective_lite.layers.sampled import by_feature, columns_as_rows, footprint, sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
@@ -128,6 +131,17 @@ def test_a_bfloat16_model_trains_in_float32_and_keeps_its_unselected_bits(build,
     assert_untouched(before, model, selection)
     # A step of 1e-4 alone is lost in a bfloat16 weight of size one; forty of them are not.
     assert changed(before, sl.snapshot(model), selection) > 0.5
+
+
+def test_a_model_that_becomes_bfloat16_inside_keeps_training_in_float32(build, batches, pick):
+    model, (batch,) = build("llama"), batches("llama", 1)
+    with sl.masked(model, pick(model)) as training:
+        model.bfloat16()
+        assert {p.dtype for p in training.parameters()} == {torch.float32}
+        optimizer = torch.optim.SGD(training.parameters(), lr=1e-3)
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 class DenseMasked:
@@ -349,6 +363,19 @@ def test_an_error_inside_still_gives_the_model_back(build, pick):
         fails()
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_training_lives_as_long_as_its_model_and_a_copy_has_none(build, pick):
+    model = build("toy")
+    sl.masked(model, pick(model))  # nobody holds it
+    training, gone = training_of(model), weakref.ref(model)
+    assert not training.closed
+    assert (
+        training_of(copy.deepcopy(model)) is training_of(pickle.loads(pickle.dumps(model))) is None
+    )
+    del model, training
+    gc.collect()
+    assert gone() is None
 
 
 def test_close_twice_does_nothing(build, pick):
@@ -949,11 +976,11 @@ def test_shrinking_after_a_step_of_fit(build, batches, pick):
     at_drop, steps = [], []
     with sl.masked(model, selection, shrinks=True, head=()) as training:
 
-        def after_step(progress, optimizer):
-            steps.append(progress)
+        def after_step(step):
+            steps.append(step.progress)
             if len(steps) == 2:
                 at_drop.extend(p.detach().clone() for p in training.parameters())
-                training.shrink(keep, optimizer)
+                training.shrink(keep, step.optimizer)
 
         groups = [{"params": training.parameters(), "lr": 0.01, "schedule": sl.constant}]
         sl.fit(model, [sl.Phase("shrinks", groups, 1, after_step=after_step)], data)

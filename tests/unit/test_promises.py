@@ -1,4 +1,4 @@
-"""Promises: the table's every promise, on BERT, a ViT and a tied Llama, in several settings.
+"""Promises: every promise of the table, on BERT, a ViT and a tied Llama, in several settings.
 
 In float32 and bfloat16, under accumulation, where new tensors are made on another device than the
 model's, on a GPU.
@@ -12,33 +12,13 @@ import pytest
 import torch
 
 import selective_lite as sl
-from selective_lite.methods.bitfit import bitfit
-from selective_lite.methods.child_tuning import child_tuning_d, child_tuning_f
-from selective_lite.methods.diff_pruning import diff_pruning
-from selective_lite.methods.fish import fish
-from selective_lite.methods.freezing import last_layers, layerwise_rates
 from selective_lite.methods.guarantees import MEANING, PROMISES, table
-from selective_lite.methods.lt_sft import lt_sft
-from selective_lite.methods.sara import sara
-from selective_lite.methods.sora import SoRA, sora
-from selective_lite.methods.spt import allocate, spt
 
 K = 60
 KINDS = ("bert", "vit", "llama")
 SETTINGS = ("float32", "bfloat16", "accumulation", "meta_default", "gpu")
 LR, EPOCHS = 0.05, 2
-# No part of a ViT's convolution and bare parameters can be masked; Diff Pruning and SaRA select
-# from all but the head, so there they count as the head.
-FROZEN = {"vit": ("vit.embeddings",)}
-HEAD = {(name, "vit"): ("classifier", "vit.embeddings") for name in ("diff_pruning", "sara")}
 BUDGET, ALPHA, BETA = 200, 10.0, 5.0  # of SPT: enough for some modules
-
-
-def fixed_mask(model, data, kind):
-    scores = sl.exclude(sl.random_scores(model, 0), FROZEN.get(kind, ()))
-    return sl.fixed_mask(
-        model, sl.random_nonzero(scores, K, seed=1), lr=LR, epochs=EPOCHS, weight_decay=0.1
-    )
 
 
 def targets(model):
@@ -49,73 +29,64 @@ def targets(model):
 def spend(model, data):
     """SPT's scores and what it makes of them: modules, whole vectors and single weights."""
     scores = sl.squared_gradient(model, data, reduction="batch")
-    return scores, allocate(model, scores, BUDGET, rank=1, alpha=ALPHA, beta=BETA)
+    return scores, sl.allocate(model, scores, BUDGET, rank=1, alpha=ALPHA, beta=BETA)
 
 
-# A row a method: how the tests call it.
-METHODS = {
-    "full_finetuning": lambda model, data, kind: sl.full_finetuning(model, lr=LR, epochs=EPOCHS),
-    "layerwise_rates": lambda model, data, kind: layerwise_rates(
+# How each method's selection is made, and how each method of phases is called.
+SELECTIONS = {
+    "fixed_mask": lambda model, data: sl.random(model, K, seed=1),
+    "fish": lambda model, data: sl.fish(model, data, K),
+    "child_tuning": lambda model, data: sl.child_tuning(model, data, 0.02),
+    "smallest": lambda model, data: sl.smallest(model, K),
+    "bitfit": lambda model, data: sl.bitfit(model),
+    "last_layers": lambda model, data: sl.last_layers(model, 1),
+}
+PHASES = {
+    "full_finetuning": lambda model, data: sl.full_finetuning(model, lr=LR, epochs=EPOCHS),
+    "layerwise_rates": lambda model, data: sl.layerwise_rates(
         model, lr=LR, decay=0.5, epochs=EPOCHS
     ),
-    "last_layers": lambda model, data, kind: sl.fixed_mask(
-        model, last_layers(model, 1), lr=LR, epochs=EPOCHS
+    "child_tuning_f": lambda model, data: sl.child_tuning_f(model, lr=LR, epochs=EPOCHS),
+    "lt_sft": lambda model, data: sl.lt_sft(
+        model, K, lr=LR, epochs=(1, EPOCHS), iterations=2, weight_decay=0.1
     ),
-    "fixed_mask": fixed_mask,
-    "fish": lambda model, data, kind: fish(
-        model, K, data, lr=LR, epochs=EPOCHS, weight_decay=0.1, frozen=FROZEN.get(kind, ())
+    "diff_pruning": lambda model, data: sl.diff_pruning(
+        model, K, lr_w=0.02, lr=LR, lr_alpha=1.0, epochs=(3, EPOCHS)
     ),
-    "child_tuning_f": lambda model, data, kind: child_tuning_f(model, lr=LR, epochs=EPOCHS),
-    "child_tuning_d": lambda model, data, kind: child_tuning_d(
-        model, data, p=0.02, lr=LR, epochs=EPOCHS, weight_decay=0.1, frozen=FROZEN.get(kind, ())
-    ),
-    "bitfit": lambda model, data, kind: bitfit(model, lr=LR, epochs=EPOCHS, weight_decay=0.1),
-    "lt_sft": lambda model, data, kind: lt_sft(
-        model,
-        K,
-        lr=LR,
-        epochs=(1, EPOCHS),
-        iterations=2,
-        weight_decay=0.1,
-        frozen=FROZEN.get(kind, ()),
-    ),
-    "diff_pruning": lambda model, data, kind: diff_pruning(
-        model,
-        K,
-        lr_w=0.02,
-        lr=LR,
-        lr_alpha=1.0,
-        epochs=(3, EPOCHS),
-        head=HEAD.get(("diff_pruning", kind)),
-    ),
-    "sara": lambda model, data, kind: sara(
-        model, budget=K, lr=1e-4, lr_head=LR, lam=0, epochs=EPOCHS, head=HEAD.get(("sara", kind))
-    ),
-    "spt": lambda model, data, kind: spt(
+    "sara": lambda model, data: sl.sara(model, budget=K, lr=1e-4, lr_head=LR, lam=0, epochs=EPOCHS),
+    "spt": lambda model, data: sl.spt(
         model, spend(model, data)[1], lr=LR, epochs=EPOCHS, weight_decay=0.1
     ),
-    "sora": lambda model, data, kind: sora(
-        SoRA(model, 2, targets=targets(model)), lr=LR, lr_head=LR, lam=0.01, epochs=EPOCHS
+    "sora": lambda model, data: sl.sora(
+        sl.SoRA(model, 2, targets=targets(model)), lr=LR, lr_head=LR, lam=0.01, epochs=EPOCHS
     ),
 }
-IMPOSSIBLE = {("bitfit", "llama")}  # no biases
+IMPOSSIBLE = {("bitfit", "llama")}  # it has no bias
+
+
+def method(name, model, data):
+    """The phases of a method; a selection is trained under decay."""
+    if name in PHASES:
+        return PHASES[name](model, data)
+    selection = SELECTIONS[name](model, data)
+    return sl.fixed_mask(model, selection, lr=LR, epochs=EPOCHS, weight_decay=0.1)
 
 
 def asked(name, model):
     """The number of weights that was asked for."""
-    return {"child_tuning_d": round(0.02 * sum(p.numel() for p in sl.weights(model).values()))}.get(
-        name, K
-    )
+    total = sum(p.numel() for p in sl.weights(model).values())
+    return round(0.02 * total) if name == "child_tuning" else K
 
 
 def ruled(name, model):
-    """The number of weights that the rule names, beside the head."""
+    """The number of weights that the method's rule names, without the head; 0 if it has none."""
     after = ("layers.1.", "layer.1.", "pooler.", "model.norm.", "vit.layernorm.")
     rules = {
         "bitfit": lambda n: n.endswith(".bias"),
         "last_layers": lambda n: any(part in n for part in after),
     }
-    return sum(p.numel() for n, p in sl.weights(model).items() if rules[name](n))
+    rule = rules.get(name, lambda n: False)
+    return sum(p.numel() for n, p in sl.weights(model).items() if rule(n))
 
 
 def accumulate(model, phases, data):
@@ -132,14 +103,15 @@ def accumulate(model, phases, data):
                     (sl.model_loss(called, batch) / len(data)).backward()
                 if phase.penalty:
                     phase.penalty().backward()
-                for action in (phase.before_step, lambda progress, o: o.step(), phase.after_step):
+                now = sl.Step(step + 1, phase.epochs, optimizer)
+                for action in (phase.before_step, lambda at: at.optimizer.step(), phase.after_step):
                     if action:
-                        action((step + 1) / phase.epochs, optimizer)
+                        action(now)
             model.eval()
 
 
 def pretrained(model, dtype):
-    """The model with no weight at zero, as if it had been trained: a new one has biases that are."""
+    """The model as if it had been trained, with no weight at zero: biases of a new one are."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
@@ -147,22 +119,29 @@ def pretrained(model, dtype):
     return model.to(dtype)
 
 
-def outside_phase(name, model, data, head):
-    """The weights that may change where a phase does not say it: found before the training, without the method."""
+def outside_phase(name, model, data):
+    """The weights that may change if the phase does not say it: found before the training."""
     if name == "sara":  # re-selected
-        return sl.select(sl.magnitude(model, head), K, largest=False)
+        return sl.smallest(model, K)
     if name == "sora":
         return sl.select_tensors(model, lambda n, p: n.removesuffix(".weight") in targets(model))
     if name == "spt":  # single weights are in its phase's selection, whole vectors are not
         _, spent = spend(model, data)
         whole = {n: torch.arange(model.get_parameter(n).numel()) for n in spent.whole}
-        shapes = {n: tuple(p.shape) for n, p in sl.weights(model).items()}
-        return sl.Selection({**spent.selection.indices, **whole}, shapes)
+        return sl.Selection({**spent.selection.indices, **whole}, shapes_of(model))
     return None
 
 
+def shapes_of(model):
+    return {n: tuple(p.shape) for n, p in sl.weights(model).items()}
+
+
 class Run:
-    """A method, run on a fresh model: the base's bits, the model after, the selection of the last phase."""
+    """A method, run on a fresh model.
+
+    `base` holds the bits before, `declared` the selection that the method says it trains (nothing,
+    if it says none), `selection` the same, or else every weight that moved.
+    """
 
     def __init__(self, build, batches, name, kind, setting, seed, device="cpu"):
         dtype = torch.bfloat16 if setting == "bfloat16" else torch.float32
@@ -170,20 +149,18 @@ class Run:
         self.fresh = lambda: pretrained(build(kind), dtype).to(device)
         self.model = self.fresh()
         self.base, self.keys = sl.snapshot(self.model), list(self.model.state_dict())
-        head = HEAD.get((name, kind))
         given = batches(kind, 2 + seed, device=device)
         self.batch, self.data = given[0], given[seed:]  # another seed is another task
-        data = self.data
-        self.selection = outside_phase(name, self.fresh(), data, head)
+        declared = outside_phase(name, self.fresh(), self.data)
 
         def phases():
-            with closing(METHODS[name](self.model, data, kind)) as method:
-                for phase in method:
-                    self.selection = (
-                        self.selection if name in ("sara", "sora", "spt") else phase.selection
-                    )
+            nonlocal declared
+            with closing(method(name, self.model, self.data)) as made:
+                for phase in made:
+                    if name not in ("sara", "sora", "spt"):
+                        declared = phase.selection
                     yield phase
-                    # Trained, and not yet merged or put back.
+                    # Trained, and not yet merged or restored.
                     self.inside = {
                         n: p.detach().clone()
                         for n, p in self.model.named_parameters()
@@ -192,11 +169,21 @@ class Run:
 
         with torch.random.fork_rng(), torch.device("meta" if setting == "meta_default" else "cpu"):
             torch.manual_seed(seed)
-            (accumulate if setting == "accumulation" else sl.fit)(self.model, phases(), data)
-        self.candidates = {n: p for n, p in sl.weights(self.model, head).items() if n in self.base}
-        self.head = sl.head_weights(self.model, head)
+            (accumulate if setting == "accumulation" else sl.fit)(self.model, phases(), self.data)
+        self.candidates = {n: p for n, p in sl.weights(self.model).items() if n in self.base}
+        self.head = sl.head_weights(self.model)
         self.modules = sl.adapters(self.model)
-        self.delta = partial(sl.diff, self.base, self.model, head=head, method=name)
+        self.declared = declared or sl.Selection({}, shapes_of(self.fresh()))
+        self.selection = declared or self.moved()
+        self.delta = partial(sl.diff, self.base, self.model, method=name)
+
+    def moved(self):
+        """Every candidate weight that is not what it was."""
+        found = {
+            n: (p.detach() != self.base[n]).reshape(-1).nonzero().squeeze(1).cpu()
+            for n, p in self.candidates.items()
+        }
+        return sl.Selection({n: i for n, i in found.items() if len(i)}, shapes_of(self.fresh()))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +211,7 @@ def outputs(model, batch):
 
 
 def sized(count, one, other, path):
-    """As many weights as asked, or as the rule says, are trained: the selected ones and the head have moved."""
+    """As many weights as asked, or as the rule says, are trained, and the head moves."""
     assert one.selection.count == count(one.name, one.model)
     moved = sum(
         int((one.candidates[n].reshape(-1)[i] != one.base[n].reshape(-1)[i]).sum())
@@ -238,7 +225,7 @@ def sized(count, one, other, path):
 
 def rest_identical(one, other, path):
     """Every weight that is neither selected nor of the head has its bits."""
-    masks = one.selection.masks()
+    masks = one.declared.masks()
     assert set(masks) == set(one.candidates)
     assert set(masks) | set(one.head) == set(one.base)
     for n, p in one.candidates.items():
@@ -247,7 +234,7 @@ def rest_identical(one, other, path):
 
 
 def nearest(one, other, path):
-    """No other number of sensitive weights costs what is nearer to the budget; and what is paid for is trained."""
+    """No other tau costs what is nearer to the budget, and what is paid for is trained."""
     scores, spent = spend(one.fresh(), one.data)
     scores = {n: s.cpu() for n, s in scores.items() if n not in spent.left_out}
     cost, tensor = torch.zeros(sum(s.numel() for s in scores.values()), dtype=torch.int64), []
@@ -272,7 +259,7 @@ def nearest(one, other, path):
 
 
 def additive(one, other, path):
-    """Before the modules are merged no weight of the base outside the head has moved; then some have, and travel."""
+    """No weight outside the head has moved before the merge; then some have, and travel."""
     assert all(torch.equal(one.inside[n], one.base[n]) for n in one.candidates)
     assert not any(torch.equal(one.inside[n], one.base[n]) for n in one.head)
     assert any(not torch.equal(p, one.base[n]) for n, p in one.candidates.items())
@@ -280,7 +267,7 @@ def additive(one, other, path):
 
 
 def sparse(one, other, path):
-    """A small file of what was trained and the head alone, that travels."""
+    """A small file of only what was trained and the head, which travels."""
     delta, masks = one.delta(), one.selection.masks()
     modules = sum(p.numel() for module in one.modules.values() for p in module.parameters())
     assert delta.count <= one.selection.count + modules < 0.1 * one.selection.total
@@ -292,7 +279,7 @@ def sparse(one, other, path):
 
 
 def travels(one, other, path):
-    """The delta is saved, loaded, applied and reverted; it is turned on and off, and another one after it."""
+    """The delta is saved, loaded, applied and reverted, twice, and another one after it."""
     one.delta().save(path)
     base = one.fresh()
     before, tuned, plain = bits(base), bits(one.model), outputs(base, one.batch)
@@ -347,9 +334,7 @@ def test_a_promise_holds(run, place, tmp_path, name, kind, setting, promise):
 )
 def test_what_is_not_promised_does_not_hold(run, tmp_path, name, promise):
     one, other = (run(name, "bert", "float32", seed) for seed in (0, 1))
-    with pytest.raises(
-        (AssertionError, AttributeError, KeyError)
-    ):  # without a selection, or a rule, there is none
+    with pytest.raises(AssertionError):
         CHECKS[promise](one, other, tmp_path / "delta.safetensors")
 
 
@@ -357,12 +342,12 @@ def test_what_is_not_promised_does_not_hold(run, tmp_path, name, promise):
 @pytest.mark.parametrize("name", [name for name, promises in PROMISES.items() if not promises])
 def test_what_promises_nothing_moves_everything(run, place, name, setting):
     one = run(name, "bert", setting, 0, place)
-    assert one.selection is None
+    assert one.declared.count == 0
     assert not [n for n, p in one.model.named_parameters() if torch.equal(p, one.base[n])]
 
 
 def test_every_row_of_the_table_is_tested_and_every_promise_explained():
-    assert set(PROMISES) == set(METHODS)
+    assert set(PROMISES) == {*SELECTIONS, *PHASES}
     assert (
         {promise for made in PROMISES.values() for promise in made} <= set(CHECKS) <= set(MEANING)
     )

@@ -143,8 +143,7 @@ def test_trainer_trains_as_a_plain_loop_does(build, batches, pick, under_trainer
     [
         ("bert", torch.float32),
         ("llama", torch.float32),
-        ("gpt2", torch.float32),
-        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),  # half precision goes on from deltas: test_hf
     ],
 )
 def test_a_resumed_training_ends_with_the_same_bits(

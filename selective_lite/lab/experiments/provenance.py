@@ -41,7 +41,8 @@ def code_hash(roots: Iterable[Root]) -> str:
     roots
         Functions or classes of the package, or names of top-level definitions: ``"name"``,
         ``"module.name"`` or ``"folder/file.py:name"``. A name that is not in that module (any more)
-        is looked for in modules called the same elsewhere, then in the whole package.
+        is looked for in modules called the same elsewhere, then in the whole package. A text with
+        an equals sign, such as ``"cliff=0.1"``, is a setting, and counts as it is.
 
     Raises
     ------
@@ -53,15 +54,15 @@ def code_hash(roots: Iterable[Root]) -> str:
     >>> code_hash(["selection.select"]) == code_hash(["moved/selection.py:select"])
     True
     """
-    library = _library(PACKAGE)
-    return _digest(library, [library.find(root) for root in roots], library.apart)
+    library, (places, settings) = _library(PACKAGE), _sorted(roots)
+    digest = _digest(library, places, library.apart)
+    return _sha([digest, *settings]) if settings else digest
 
 
 def reached(roots: Iterable[Root]) -> set[str]:
     """The definitions that `code_hash` of these roots is made of, each as ``"module.name"``."""
-    library = _library(PACKAGE)
-    places = _reach(library, [library.find(root) for root in roots], library.apart)
-    return {".".join(place) for place in places}
+    library, (places, _) = _library(PACKAGE), _sorted(roots)
+    return {".".join(place) for place in _reach(library, places, library.apart)}
 
 
 def page_hash(cells: Iterable[str], files: Iterable[Path] = ()) -> str:
@@ -248,6 +249,13 @@ def _reach(library: _Library, roots: Iterable[Place], apart: Collection[Place]) 
             found.add(place)
             waiting += (use for use in library.written(place)[1] if use not in apart)
     return found
+
+
+def _sorted(roots: Iterable[Root]) -> tuple[list[Place], list[str]]:
+    """The definitions among roots, and the settings, which have an equals sign."""
+    roots, library = list(roots), _library(PACKAGE)
+    settings = sorted(root for root in roots if isinstance(root, str) and "=" in root)
+    return [library.find(root) for root in roots if root not in settings], settings
 
 
 def _named(root: Callable[..., Any]) -> str:

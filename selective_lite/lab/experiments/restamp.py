@@ -4,19 +4,21 @@
 every such row as it was made: same config, same number of threads, on the CPU if it was made there.
 Losses that agree bit for bit vouch for the row, which gets the hash of today's code; others are
 listed. A row without losses is vouched for by a run of the same study and cell that agrees. Rows
-are written one by one, so that a restamp that was stopped goes on where it was.
+are written one by one, so that a restamp that was stopped goes on where it was. Names of files
+limit it to these, ``--only fish random`` to the rows of these methods.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import date
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from . import results
+from . import results, studies
 from .results import Row
 from .run import device_of, losses
 
@@ -35,15 +37,13 @@ class Replay(NamedTuple):
 
 def replay(row: Row) -> Replay:
     """Repeat the first steps of a row; an error is kept as text, to go on with the others."""
-    from .studies import STUDIES
-
     start = time.perf_counter()
     found: list[float] = []
     error = ""
     torch.set_num_threads(row["threads"])
     try:
         with device_of(row):
-            found = losses(STUDIES[row["study"]], row["config"], len(row["first_losses"]))
+            found = losses(studies.STUDIES[row["study"]], row["config"], len(row["first_losses"]))
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     return Replay(row["config"], found, error, time.perf_counter() - start)
@@ -53,8 +53,8 @@ def stamp(row: Row) -> None:
     """Put today's hash on a row; the old one and the date are kept."""
     old = [row["library"], date.today().isoformat()]
     row["restamped"] = [*row.get("restamped", []), old]
-    row["roots"] = list(results.roots_of(row))
-    row["library"] = results.today(row)
+    row["roots"] = list(studies.roots_of(row))
+    row["library"] = studies.today(row)
 
 
 def verdict(row: Row, found: Replay) -> str:
@@ -71,24 +71,29 @@ def verdict(row: Row, found: Replay) -> str:
 
 def voucher(row: Row, runs: Iterable[Row]) -> Row | None:
     """The current run that vouches for a row without losses: of its cell, at the rate it chose."""
-    from .studies import STUDIES
-
-    config, study = row["config"], STUDIES[row["study"]]
+    config, study = row["config"], studies.STUDIES[row["study"]]
     lr = study.choose(row) if "grid" in config else config["lr"]
     wanted = {**{key: config[key] for key in CELL}, "lr": lr}
     for run in runs:
         if wanted.items() <= run["config"].items() and run.get("first_losses"):
-            return None if results.changed([run]) else run
+            return None if studies.changed([run]) else run
     return None
 
 
-def restamp(names: Iterable[str] | None = None, *, workers: int = WORKERS) -> list[str]:
+def restamp(
+    names: Iterable[str] | None = None,
+    *,
+    only: Collection[str] = (),
+    workers: int = WORKERS,
+) -> list[str]:
     """Restamp the rows of these files, or of all; a line for each row that was not.
 
     Parameters
     ----------
     names
         Names of files in ``results/``, without ``.json``.
+    only
+        Methods whose rows are restamped; none for all rows.
     workers
         Number of rows that are replayed at the same time.
 
@@ -102,8 +107,14 @@ def restamp(names: Iterable[str] | None = None, *, workers: int = WORKERS) -> li
     )
     files = {name: results.read(name) for name in names}
     left: list[str] = []
+
+    def wanted(rows: list[Row]) -> list[Row]:
+        return [
+            row for row in studies.changed(rows) if not only or row["config"].get("method") in only
+        ]
+
     for name, rows in files.items():
-        old = [row for row in results.changed(rows) if row.get("first_losses")]
+        old = [row for row in wanted(rows) if row.get("first_losses")]
         for found in results.in_processes(replay, old, workers):
             (row,) = (row for row in old if row["config"] == found.config)
             difference = verdict(row, found)
@@ -115,7 +126,7 @@ def restamp(names: Iterable[str] | None = None, *, workers: int = WORKERS) -> li
             outcome = "differs" if difference else "agrees"
             print(f"{name} {said(row)}: {outcome}, {found.seconds:.1f} s", flush=True)
     for name, rows in files.items():
-        for row in results.changed(rows):
+        for row in wanted(rows):
             if row.get("first_losses"):
                 continue
             if "study" not in row:
@@ -136,9 +147,12 @@ def said(row: Row) -> str:
 
 
 def main() -> None:
-    """Restamp all files, and print what was not."""
-    start = time.perf_counter()
-    left: list[Any] = restamp()
+    """Restamp all files, or some, and print what was not."""
+    parser = argparse.ArgumentParser(description="Restamp rows whose first losses are the same.")
+    parser.add_argument("names", nargs="*", help="files in results/, without .json; all if none")
+    parser.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="methods")
+    given, start = parser.parse_args(), time.perf_counter()
+    left = restamp(given.names or None, only=given.only)
     print("\n".join([f"\n{len(left)} rows keep their old hash:", *left] if left else ["", "None."]))
     print(f"{time.perf_counter() - start:.0f} s")
 

@@ -24,6 +24,7 @@ from .provenance import PACKAGE, code_hash
 
 Row = dict[str, Any]
 Roots = Sequence[str]
+Known = dict[tuple[str, ...], str]
 # provenance: apart
 CHECKOUT = PACKAGE.parent / "results"
 FIRST = "first"  # the edition of rows that a later protocol makes anew
@@ -54,39 +55,37 @@ def place(definition: Callable[..., Any]) -> str:
     return f"{file.relative_to(PACKAGE).as_posix()}:{definition.__qualname__}"
 
 
-# provenance: apart, of pages too: a test says whether rows are stale
-def roots_of(row: Row) -> Roots:
-    """Definitions that a row follows from: by its study and config, else those that it names.
+def today(row: Row, roots: Callable[[Row], Roots], known: Known | None = None) -> str:
+    """Hash of the code that would make a row today; empty if that code is not there any more.
 
-    Files may move: only what a study says today counts for its rows.
+    Parameters
+    ----------
+    row
+        The row.
+    roots
+        Function ``row -> definitions`` that it follows from.
+    known
+        Hashes that were found so far, by definitions; new ones are added.
     """
-    from .studies import STUDIES  # the studies read rows themselves
-
-    study = STUDIES.get(row.get("study", ""))
-    return row["roots"] if study is None else study.roots(row["config"])
-
-
-def today(row: Row, known: dict[tuple[str, ...], str] | None = None) -> str:
-    """Hash of the code that would make a row today; empty if that code is not there any more."""
     known = {} if known is None else known
     try:
-        roots = tuple(roots_of(row))
-        if roots not in known:
-            known[roots] = code_hash(roots)
-        return known[roots]
+        wanted = tuple(roots(row))
+        if wanted not in known:
+            known[wanted] = code_hash(wanted)
+        return known[wanted]
     except (KeyError, OSError, ValueError):
         return ""
 
 
-def changed(rows: Iterable[Row]) -> list[Row]:
+def changed(rows: Iterable[Row], roots: Callable[[Row], Roots]) -> list[Row]:
     """The rows whose code has changed since they were made."""
-    known: dict[tuple[str, ...], str] = {}
-    return [row for row in rows if row["library"] != today(row, known)]
+    known: Known = {}
+    return [row for row in rows if row["library"] != today(row, roots, known)]
 
 
-def stale(rows: Iterable[Row]) -> list[Row]:
+def stale(rows: Iterable[Row], roots: Callable[[Row], Roots]) -> list[Row]:
     """The rows whose code has changed, except those of the first edition, which say so instead."""
-    return changed(row for row in rows if row.get("edition") != FIRST)
+    return changed((row for row in rows if row.get("edition") != FIRST), roots)
 
 
 def run_missing(
@@ -121,7 +120,7 @@ def run_missing(
     late
         Function ``config -> bool``: whether its run reads other rows, and so starts after them.
     study
-        Name of the study in `STUDIES` that makes these rows, if one does.
+        Name of the `Study` that makes these rows, if one does.
 
     Returns
     -------
@@ -131,7 +130,7 @@ def run_missing(
     """
     wanted = [json.loads(json.dumps(dict(config))) for config in configs]
     old = [row for row in read(name) if row["config"] in wanted]
-    outdated = stale(old)
+    outdated = stale(old, lambda row: roots(row["config"]))
     rows = [row for row in old if row not in outdated]
     # Hashed before the runs: a file edited meanwhile is not the code that is loaded.
     stamps = [

@@ -86,12 +86,14 @@ class Study:
     tuned_by: str | None = None
 
     def roots(self, config: Config) -> list[str]:
-        """The definitions that a config's row follows from, as `code_hash` takes them."""
+        """The definitions and settings that a config's row follows from, as for `code_hash`."""
         recipe = self.recipes[config["method"]]
         used: list[Callable[..., Any]] = [sweep, self.start, self.validate, recipe]
+        settings = [f"lower={self.lower}", f"cliff={self.cliff}"]
         if "grid" not in config:
             used = [run, self.start, self.measure, *([self.ship] if self.ship else []), recipe]
-        return [results.place(definition) for definition in used]
+            settings = []
+        return [*(results.place(definition) for definition in used), *settings]
 
     def rate_configs(self) -> Iterator[Config]:
         """The sweeps: a method at a budget over its grid, on seed 0 and the validation split."""
@@ -251,7 +253,7 @@ def sweep(study: Study, config: Config) -> Row:
         try:
             train(model, data.train, config, method)
         except ValueError as error:
-            if "loss is" not in str(error):
+            if "lower the learning rate" not in str(error):
                 raise
             return -math.inf
         return sign * study.validate(model, data)

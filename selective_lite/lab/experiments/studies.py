@@ -1,9 +1,37 @@
-"""The studies by name: a row names the one that made it."""
+"""The studies by name: a row names the one that made it, so that its code can be asked for."""
 
-from . import four_deltas, movies, tweets
+from collections.abc import Iterable
+
+from . import four_deltas, movies, results, tweets
+from .results import Roots, Row
 from .run import Study
 
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (movies.STUDY, movies.ALL_DOMAINS, tweets.STUDY, tweets.LARGER, four_deltas.STUDY)
 }
+
+
+# provenance: apart, of pages too: a test says whether rows are stale
+def roots_of(row: Row) -> Roots:
+    """Definitions that a row follows from: by its study and config, else those that it names.
+
+    Files may move: only what a study says today counts for its rows.
+    """
+    study = STUDIES.get(row.get("study", ""))
+    return row["roots"] if study is None else study.roots(row["config"])
+
+
+def today(row: Row) -> str:
+    """Hash of the code that would make a row today; empty if that code is not there any more."""
+    return results.today(row, roots_of)
+
+
+def changed(rows: Iterable[Row]) -> list[Row]:
+    """The rows whose code has changed since they were made."""
+    return results.changed(rows, roots_of)
+
+
+def stale(rows: Iterable[Row]) -> list[Row]:
+    """The rows whose code has changed, except those of the first edition, which say so instead."""
+    return results.stale(rows, roots_of)

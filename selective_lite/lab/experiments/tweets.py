@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ...methods.fish import fish as fish_selection
-from ...params import weights
 from ...scores import random_scores
-from ...selection import Selection, select
-from ...ship.delta import Delta, diff
+from ...selection import select
+from ...ship.delta import diff
 from ...training import Phase, Phases, fixed_mask
 from ..data.tweets import Texts, bits, load_texts
 from ..models import load_language_model
@@ -133,17 +132,6 @@ def ship(before: Mapping[str, Tensor], model: Any, config: Config) -> results.Ro
 def shipped(config: Config) -> bool:
     """Whether a config's delta is kept with the rows."""
     return {**SHIPPED, **DATA}.items() <= dict(config).items()
-
-
-def mask_of(delta: Delta, model: Any) -> Selection:
-    """The selection that a delta tunes: its positions, and all of a tensor that it replaces."""
-    whole = {name: torch.arange(tensor.numel()) for name, tensor in delta.dense.items()}
-    places = {**{name: index.long() for name, index in delta.positions.items()}, **whole}
-    candidates = weights(model)
-    return Selection(
-        {name: places[name] for name in candidates if name in places},
-        {name: tuple(p.shape) for name, p in candidates.items()},
-    )
 
 
 def seeds(method: str, budget: float | str) -> tuple[int, ...]:

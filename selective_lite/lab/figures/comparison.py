@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..experiments.results import FIRST, Row, compare, read, rows_of, stale
+from ..experiments.results import FIRST, Row, compare, read, rows_of
 from . import plots
 
 CONTROLS = ("random", "shuffled", "fish_shuffled")
@@ -39,6 +39,8 @@ def show(name: str, names: Mapping[str, str]) -> list[Row]:
     AssertionError
         If the code of one has changed since (rows of the first edition say so in the table).
     """
+    from ..experiments.studies import stale  # studies run as scripts: lab must not load them
+
     rows = [row for row in read(name) if row["config"]["method"] in names]
     assert stale(rows) == [], "the code has changed since: run `make restamp`, then `make results`"
     print(table(rows, names))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.small import Kind, find_layers, part_shapes
+from ...methods.diff_pruning.gated import trained_dtype
 from ...methods.diff_pruning.groups import GROUPINGS
 from ...params import weights
 from . import plots
@@ -22,9 +23,10 @@ LOOKS = {
     "gradients": (plots.PALETTE[0], "//"),
     "optimizer": (plots.PALETTE[1], ".."),
     "index": (plots.PALETTE[2], "xx"),
+    "passing": (plots.PALETTE[3], "--"),
     "activations": (plots.PALETTE[5], ""),
 }
-PREDICTED = tuple(LOOKS)[:4]  # activations are measured only
+PREDICTED = tuple(LOOKS)[:5]  # activations are measured only
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
@@ -48,9 +50,16 @@ def gates(
     groups: Literal["tensor", "head", "layer"] | None = None,
     head: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """The tensors that Diff Pruning would add, on the meta device: w, log_alpha, a gate a group."""
+    """The tensors that Diff Pruning would add, on the meta device: w, log_alpha, a gate a group.
+
+    They are float32 at least, those of half-precision weights too.
+    """
     theta = weights(model, head)
-    added = [torch.empty_like(p, device="meta") for _ in ("w", "log_alpha") for p in theta.values()]
+    added = [
+        torch.empty(p.shape, dtype=trained_dtype(p), device="meta")
+        for _ in ("w", "log_alpha")
+        for p in theta.values()
+    ]
     if groups is not None:
         ids = GROUPINGS[groups](model, theta)
         count = 1 + max(int(i.max()) for i in ids.values())
@@ -120,7 +129,7 @@ def verdict(ledger: Mapping[str, int], predicted: Mapping[str, int]) -> str:
 def table(measured: Ledgers, predicted: Ledgers) -> str:
     """A line for each way of training: every kind, their sum, and how well the prediction fits."""
     name, size = unit(measured)
-    kinds = [kind for kind in LOOKS if any(kind in ledger for ledger in measured.values())]
+    kinds = [kind for kind in LOOKS if any(ledger.get(kind) for ledger in measured.values())]
     width = max(len(label) for label in (*measured, name)) + 1
     lines = [f"{name:<{width}}" + "".join(f"{kind:>12}" for kind in (*kinds, "sum"))]
     for label, ledger in measured.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -17,6 +16,8 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
+
+from ...names import KINDS, kind_of, layer_of
 
 # Okabe and Ito's palette (2008): told apart with every common kind of colour vision. Black, then
 # yellow, come last because one dominates a picture and the other is faint on white.
@@ -331,34 +332,6 @@ def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str
     ax.grid(axis="y", visible=False)
 
 
-# Kind of a tensor, by the names that BERT, DistilBERT, RoBERTa, ViT, Llama, GPT-2 and torch's own
-# layers give it. The first pattern that matches decides.
-KINDS = (
-    ("norm, bias", r"norm|\bln_|\.bias$|^bias$|_bias$"),
-    ("embed", r"embed|\bwte\b|\bwpe\b|cls_token|position"),
-    ("query", r"query|\bq_(proj|lin)"),
-    ("key", r"\bkey\b|\bk_(proj|lin)"),
-    ("value", r"value|\bv_(proj|lin)"),
-    ("q, k, v", r"c_attn|in_proj|qkv"),
-    ("attn out", r"attention\.output|attn\.c_proj|\bo_proj|out_lin|(attn|attention)\.out_proj"),
-    ("ffn in", r"intermediate|gate_proj|up_proj|c_fc|lin1|linear1|fc1"),
-    ("ffn out", r"output\.dense|down_proj|mlp\.c_proj|lin2|linear2|fc2"),
-)
-
-
-def kind(name: str) -> str:
-    """Judge by its name what a parameter does: one of ``KINDS``, or ``"other"``."""
-    return next(
-        (label for label, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other"
-    )
-
-
-def layer(name: str) -> int | None:
-    """Find the layer of a parameter, from 0: the first number in its name, else None."""
-    found = re.search(r"\.(\d+)\.", f".{name}")
-    return int(found.group(1)) if found else None
-
-
 def share_by_layer(selection: Selected) -> tuple[list[str], list[str], np.ndarray]:
     """Compute the selected fraction by layer and kind of tensor.
 
@@ -378,21 +351,21 @@ def share_by_layer(selection: Selected) -> tuple[list[str], list[str], np.ndarra
     """
     counts = selection.per_tensor()
     names = list(selection.shapes)
-    last = max((n for n in map(layer, names) if n is not None), default=-1)
+    last = max((n for n in map(layer_of, names) if n is not None), default=-1)
     seen, places = False, {}
     for name in names:
-        number = layer(name)
+        number = layer_of(name)
         seen = seen or number is not None
         places[name] = ("before" if not seen else "after") if number is None else str(number + 1)
     rows = [r for r in ("before", *map(str, range(1, last + 2)), "after") if r in places.values()]
     columns = [
         c
         for c in (*(label for label, _ in KINDS[1:]), "other", KINDS[0][0])
-        if c in map(kind, names)
+        if c in map(kind_of, names)
     ]
     chosen, total = np.zeros((2, len(rows), len(columns)))
     for name in names:
-        at = rows.index(places[name]), columns.index(kind(name))
+        at = rows.index(places[name]), columns.index(kind_of(name))
         chosen[at] += counts.get(name, 0)
         total[at] += np.prod(selection.shapes[name], dtype=float)
     return rows, columns, np.divide(chosen, total, out=np.full_like(total, np.nan), where=total > 0)

@@ -18,10 +18,12 @@ from ...layers.masked import check_candidates
 from ...params import head_weights, only_trainable, resolve_budget, unwrap, weights
 from ...training import Group, Phase, Phases, check_options, constant, fixed_mask, head_group
 from .calibration import Calibration as Calibration
+from .gated import Penalty, gated_weights
 from .groups import Groups
-from .relaxed import STRETCH, Penalty, gated_weights
+from .relaxed import STRETCH, Relaxed
 from .relaxed import U_EPS as U_EPS
-from .relaxed import Relaxed as Relaxed
+
+__all__ = ["Relaxed", "diff_pruning"]
 
 
 def diff_pruning(
@@ -136,7 +138,13 @@ def diff_pruning(
                 theta[name][at] += delta[name][at].to(theta[name].dtype)
         del delta
         yield from fixed_mask(
-            model, selection, lr=lr, epochs=fixed_epochs, lr_head=lr_head, head=head
+            model,
+            selection,
+            lr=lr,
+            epochs=fixed_epochs,
+            lr_head=lr_head,
+            head=head,
+            name="fixed mask",
         )
 
     return Phases(phases())

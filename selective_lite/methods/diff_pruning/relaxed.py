@@ -6,29 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...gates import HardConcrete, Stretch, check_stretch
-from ...params import (
-    check_prefixes,
-    head_weights,
-    in_masked_training,
-    is_under,
-    preserve_modes,
-    resolve_budget,
-    unwrap,
-    weights,
-)
+from ...gates import HardConcrete, Stretch
+from ...params import head_weights, preserve_modes, resolve_budget, unwrap, weights
 from ...selection import Selection, select
-from .groups import Groups, group_ids
+from .gated import Penalty, gated_weights, trained_dtype
+from .groups import Groups
 
 U_EPS = 1e-4  # the authors' code keeps u in [1e-4, 1 - 1e-4]
 STRETCH: Stretch = (-1.5, 1.5)  # the authors' interval
-Penalty = Literal["product", "sum"]
 
 
 class Relaxed(nn.Module):
@@ -111,9 +102,12 @@ class Relaxed(nn.Module):
         self.paths = [paths[id(p)] for p in theta.values()]
         self.head_paths = [paths[id(p)] for p in heads]
         self.head = nn.ParameterList(
-            p if p.dtype == _trained(p) else nn.Parameter(p.detach().to(_trained(p))) for p in heads
+            p if p.dtype == trained_dtype(p) else nn.Parameter(p.detach().to(trained_dtype(p)))
+            for p in heads
         )
-        self.w = nn.ParameterList(torch.zeros_like(p, dtype=_trained(p)) for p in theta.values())
+        self.w = nn.ParameterList(
+            torch.zeros_like(p, dtype=trained_dtype(p)) for p in theta.values()
+        )
 
         def gates(shape: Sequence[int], like: Tensor) -> HardConcrete:
             return HardConcrete(
@@ -250,49 +244,3 @@ class Relaxed(nn.Module):
         """Write the head's float32 copies, if there are any, into the model."""
         for path, trained in zip(self.head_paths, self.head, strict=True):
             self.model.get_parameter(path).copy_(trained)
-
-
-def gated_weights(
-    model: nn.Module,
-    groups: Groups,
-    penalty: str,
-    stretch: Stretch,
-    head: Sequence[str] | None,
-    exclude: str | Sequence[str],
-) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
-    """The weights to gate and their groups; raises what `Relaxed` raises, before anything large."""
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-    if wrapped and torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            "model is wrapped in DistributedDataParallel, which would not average the gradients of "
-            "differences and gates; train it in one process"
-        )
-    if in_masked_training(model):
-        raise ValueError("model is already in masked training; leave that first")
-    check_stretch(stretch)
-    if penalty not in ("product", "sum"):
-        raise ValueError(
-            f"penalty={penalty!r} is unknown; choose 'product' (paper) or 'sum' (authors' code)"
-        )
-    candidates = weights(model, head)
-    prefixes = check_prefixes(exclude, candidates, "exclude")
-    theta = {name: p for name, p in candidates.items() if not is_under(name, prefixes)}
-    if not theta:
-        raise ValueError(f"exclude={exclude!r} leaves no weight to gate")
-    if lost := [name for name, p in theta.items() if p.is_meta]:
-        raise ValueError(
-            f"{lost[0]!r} is on the meta device, which holds no values (offloaded?); load the "
-            "whole model first"
-        )
-    ids = group_ids(unwrap(model), theta, groups)
-    kinds = {f"{_trained(p)} on {p.device}" for p in theta.values()}
-    if ids is not None and len(kinds) > 1:
-        raise ValueError(
-            f"model has weights of {sorted(kinds)}; gates of groups need one dtype and one device"
-        )
-    return theta, ids
-
-
-def _trained(p: Tensor) -> torch.dtype:
-    """The dtype in which a tensor is trained: in half precision small steps would be lost."""
-    return torch.promote_types(p.dtype, torch.float32)

@@ -1,24 +1,17 @@
-"""SoRA (Ding et al. 2023, arXiv 2311.11696, EMNLP): LoRA with a gate on every rank.
-
-y = W0 x + (alpha/r) B (g * A x), and a proximal step drives gates to zero. It adds a low-rank
-update and selects among *its* ranks, not among the model's own weights: the book has it as a
-contrast, and because tutorials cite its number for SaRA.
-"""
+"""SoRA's gated low-rank updates of a model's matrices: attach, export, merge."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..layers.small import attach_module, find_layers, linear_weights, merge_adapters
-from ..params import head_weights, in_masked_training, named_parameters, unwrap
-from ..training import Phase, Phases, Schedule, Step, check_options, constant, head_group
+from ...layers.small import attach_module, find_layers, linear_weights, merge_adapters
+from ...params import head_weights, in_masked_training, named_parameters, unwrap
 
 
 class GatedLowRank(nn.Module):
@@ -206,123 +199,3 @@ class SoRA:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def soft_threshold(x: Tensor, xi: float) -> Tensor:
-    """The proximal operator of xi |x|_1 (the paper's; the authors' code zeroes all |x| < 2 xi)."""
-    # (eq-prox)  prox(x) = sign(x) max(|x| - xi, 0)
-    return x.sign() * (x.abs() - xi).clamp(min=0)
-
-
-def staircase(start: float, stages: int) -> Schedule:
-    """A schedule for lambda: from the fraction `start` to 1 in equal stages (authors: 0 and 7)."""
-    if not 0 <= start <= 1 or stages < 2:
-        raise ValueError(f"start={start} must be in [0, 1] and stages={stages} at least 2")
-    return lambda progress: (
-        start + (1 - start) * max(0, math.ceil(progress * stages) - 1) / (stages - 1)
-    )
-
-
-class Proximal:
-    """The proximal step on the gates, after the optimizer's.
-
-    Parameters
-    ----------
-    gates
-        Vectors of one parameter group.
-    lam, schedule, xi
-        As in `sora`.
-
-    Attributes
-    ----------
-    path
-        ``xi`` and the number of ``open`` ranks after every step.
-    """
-
-    def __init__(
-        self, gates: Sequence[nn.Parameter], lam: float, schedule: Schedule, xi: float | None
-    ) -> None:
-        self.gates, self.lam, self.schedule, self.xi = gates, lam, schedule, xi
-        self.path: list[dict[str, float]] = []
-
-    @torch.no_grad()
-    def after_step(self, step: Step) -> None:
-        """Shrink every gate, by lr * lambda, or by the fixed xi."""
-        groups = step.optimizer.param_groups
-        lr = next(g["lr"] for g in groups if any(p is self.gates[0] for p in g["params"]))
-        # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
-        xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(step.progress)
-        for gate in self.gates:
-            gate.copy_(soft_threshold(gate, xi))
-        self.path.append(
-            {"xi": xi, "open": float(sum(int(gate.count_nonzero()) for gate in self.gates))}
-        )
-
-
-def sora(
-    update: SoRA,
-    *,
-    lr: float = 8e-4,
-    epochs: int,
-    lr_head: float | None = None,
-    lam: float = 0.375,
-    lam_schedule: Schedule = constant,
-    xi: float | None = None,
-    weight_decay: float = 0.1,
-    clip: float | None = 0.1,
-) -> Phases:
-    """A method: train factors and gates, with a proximal step on the gates; prune and merge.
-
-    Parameters
-    ----------
-    update
-        The updates of a model, ``SoRA(model, ...)``; closed when training ends. Its `export` works
-        after that.
-    lr, lr_head
-        Learning rates of factors and gates, and of the head (default: the same).
-    epochs
-        Passes over the batches.
-    lam
-        lambda of the penalty lambda |g|_1. The default gives the authors' xi = 3e-4 at their rate
-        of 8e-4.
-    lam_schedule
-        Progress in (0, 1] -> multiplier of lambda (or of xi), such as ``staircase(0.0, 7)``.
-    xi
-        A fixed threshold in place of lr * lambda, whatever the rate, as in the authors' code.
-    weight_decay
-        Decay of factors and head, not of gates.
-    clip
-        As in `Phase`.
-
-    Returns
-    -------
-    Phases
-        One phase, ``"SoRA"``, whose ``after_step`` is `Proximal.after_step`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `update` was closed before; for a bad option, after which it is closed.
-    """
-    if update.closed:
-        raise ValueError("update is closed, merged into its model; make a new SoRA(model, ...)")
-    try:
-        if not lam >= 0 or (xi is not None and not xi >= 0):
-            raise ValueError(f"lam={lam} and xi={xi} must not be negative")
-        check_options("SoRA", epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
-    except (TypeError, ValueError):
-        update.close()  # so that sora(SoRA(model), ...) leaves the model as it was
-        raise
-    proximal = Proximal(update.gates(), lam, lam_schedule, xi)
-
-    def phases() -> Generator[Phase, None, None]:
-        with update:
-            groups = [
-                {"params": update.factors(), "lr": lr, "weight_decay": weight_decay},
-                {"params": update.gates(), "lr": lr, "weight_decay": 0.0},
-                *head_group(update.dense_parameters(), lr, lr_head, weight_decay=weight_decay),
-            ]
-            yield Phase("SoRA", groups, epochs, after_step=proximal.after_step, clip=clip)
-            update.prune()
-
-    return Phases(phases())
