@@ -38,9 +38,10 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def check_loss(loss: Any, batch: Batch, where: str) -> None:
     """Raise an error that names the likely cause unless a loss is one finite number to train on."""
-    if not torch.is_tensor(loss) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"type {type(loss)}"
-        raise TypeError(f"loss is of {got} {where}; it must be a tensor of one number, the mean")
+    tensor = torch.is_tensor(loss)
+    if not tensor or loss.numel() != 1:
+        got = f"of shape {tuple(loss.shape)}" if tensor else f"a {type(loss).__name__}"
+        raise TypeError(f"loss is {got} {where}; it must be a tensor of one number, the mean")
     if not loss.requires_grad:
         why = "it was detached, or no trained weight is in it"
         raise ValueError(f"loss has no gradient {where}: {why}")

@@ -22,6 +22,7 @@ from .selection import Selection
 Schedule = Callable[[float], float]
 Group = dict[str, Any]
 Record = dict[str, Any]
+Maker = Callable[..., Optimizer]  # of a phase's groups
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def fit(
     batches: Batches,
     *,
     loss: Loss = model_loss,
-    optimizer: Callable[..., Optimizer] = AdamW,
+    optimizer: Maker = AdamW,
     on_step: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Run every phase of a method; the model is trained in place.
@@ -219,8 +220,7 @@ def fit(
     >>> records = fit(model, fixed_mask(model, selection, lr=1e-3, epochs=3), batches)
     """
     if isinstance(phases, Selection):
-        remedy = "give fixed_mask(model, selection, lr=..., epochs=...)"
-        raise TypeError(f"phases is a Selection; {remedy}")
+        raise TypeError("phases is a Selection; give fixed_mask(model, selection, lr=..., ...)")
     records: list[Record] = []
     try:
         _check_batches(batches)
@@ -271,11 +271,7 @@ def _checked_groups(phase: Phase, model: nn.Module) -> list[Group]:
 
 
 def _steps(
-    phase: Phase,
-    model: nn.Module,
-    batches: Batches,
-    loss: Loss,
-    optimizer: Callable[..., Optimizer],
+    phase: Phase, model: nn.Module, batches: Batches, loss: Loss, optimizer: Maker
 ) -> Iterator[Record]:
     """Train one phase, a record a step."""
     groups, steps = _checked_groups(phase, model), phase.epochs * len(batches)

@@ -280,10 +280,8 @@ def check_selection(
     if params.in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
     if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "model is wrapped in DistributedDataParallel, which has taken note of the parameters "
-            "that it had; wrap it inside masked training"
-        )
+        why = "which has noted the parameters that it had; wrap it inside masked training"
+        raise ValueError(f"model is wrapped in DistributedDataParallel, {why}")
     named, places, indices = params.named_parameters(model), params.owners(model), selection.indices
     params.check_names(indices, named, "selection")
     also = params.names_under(dense, named, "dense")

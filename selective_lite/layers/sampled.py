@@ -17,6 +17,7 @@ from torch.nn import functional
 
 Index = Tensor | None  # positions or features, int64; None for all of them
 Operands = tuple[Tensor, Tensor, Index, Index, Index]  # weight, values, index, rows, columns
+SECOND = "no second derivatives (create_graph=True) of sampled gradients; give sampled=False"
 BLOCK = 128  # tokens transposed together
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
@@ -47,10 +48,7 @@ class _Scatter(torch.autograd.Function):
 def _refuse_second_derivatives() -> None:
     # In a backward, gradients are recorded only if second derivatives were asked for.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "sampled gradients have no second derivatives (create_graph=True); train with "
-            "masked(..., sampled=False), which gathers entries of dense gradients"
-        )
+        raise RuntimeError(SECOND)
 
 
 class _Linear(torch.autograd.Function):

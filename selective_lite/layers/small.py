@@ -157,8 +157,8 @@ def linear_weights(model: nn.Module, targets: Head = None, head: Head = None) ->
         meant = {module for path, module in named if f".{path}".endswith(f".{target}")}
         if not meant or not meant <= plain:
             raise ValueError(
-                f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or is "
-                "tied to another module; give ends of module names, such as ('query', 'value')"
+                f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or "
+                "one that is tied to another; give ends of module names, such as ('query', 'value')"
             )
         chosen |= meant
     return [name for name in layers if layers[name] & chosen]
@@ -268,10 +268,8 @@ def _names(names: Names) -> Iterable[str]:
 
 def _layers(model: nn.Module) -> dict[str, list[Any]]:
     """The layers that have a small module, by the name of their weight."""
-    own = {
-        name: [at for at in places if at[1] == "weight"] for name, places in owners(model).items()
-    }
-    found = {n: [layer for layer, _ in at if isinstance(layer, Adapted)] for n, at in own.items()}
+    own = {n: [m for m, part in at if part == "weight"] for n, at in owners(model).items()}
+    found = {n: [m for m in layers if isinstance(m, Adapted)] for n, layers in own.items()}
     return {name: layers for name, layers in found.items() if layers}
 
 
