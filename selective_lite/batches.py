@@ -38,24 +38,20 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def check_loss(loss: Any, batch: Batch, where: str) -> None:
     """Raise an error that names the likely cause unless a loss is one finite number to train on."""
-    if not torch.is_tensor(loss) or loss.numel() != 1:
-        got = (
-            f"of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"a {type(loss).__name__}"
-        )
+    tensor = torch.is_tensor(loss)
+    if not tensor or loss.numel() != 1:
+        got = f"of shape {tuple(loss.shape)}" if tensor else f"a {type(loss).__name__}"
         raise TypeError(f"loss is {got} {where}; it must be a tensor of one number, the mean")
     if not loss.requires_grad:
-        raise ValueError(
-            f"loss has no gradient {where}: it was detached, or no trained weight is in it"
-        )
+        why = "it was detached, or no trained weight is in it"
+        raise ValueError(f"loss has no gradient {where}: {why}")
     if torch.isfinite(loss):
         return
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    why = "; lower the learning rate, or check this batch"
     if torch.is_tensor(labels) and bool((labels == IGNORED).all()):
-        raise ValueError(
-            f"loss is {loss.item()} {where}: every label of this batch is {IGNORED}, so that no "
-            "token counts (a prompt that was cut before its answer?); leave such samples out"
-        )
-    raise ValueError(f"loss is {loss.item()} {where}; lower the learning rate, or check this batch")
+        why = f": every label of this batch is {IGNORED} (no room for an answer?); leave it out"
+    raise ValueError(f"loss is {loss.item()} {where}{why}")
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:

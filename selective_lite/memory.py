@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .batches import Loss, model_loss
 from .heads import Head, Names
@@ -104,9 +105,8 @@ def predicted_ledger(
         raise ValueError("model is in masked training: leave that first, or measure it with ledger")
     named, places = named_parameters(model), owners(model)
     indices = selection.indices if selection else {}
-    if selection is None:
-        also = names_under(dense, named, "dense")
-    else:
+    also = names_under(dense, named, "dense")
+    if selection is not None:
         also = [*chain(*check_selection(model, selection, dense, head))]
     partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
     parts = [footprint_of(index, named[name], places[name]) for name, index in partly.items()]
@@ -155,9 +155,7 @@ def activation_bytes(model: nn.Module, batch: Any, loss: Loss = model_loss) -> i
         ``(model, batch) -> scalar``.
     """
     kept: dict[int, Tensor] = {}
-    keep = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.setdefault(id(t), t), lambda t: t
-    )
+    keep = saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t)
     with preserve_modes(model), torch.enable_grad(), keep:
         model.train()
         loss(model, batch)

@@ -28,10 +28,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         For ``nn.DataParallel``, whose copies of the model would train nothing.
     """
     if isinstance(model, nn.DataParallel):
-        raise TypeError(
-            "model is wrapped in nn.DataParallel, whose replicas cannot train a selection; use "
-            "DistributedDataParallel (torchrun), or one GPU"
-        )
+        remedy = "use DistributedDataParallel (torchrun), or one GPU"
+        raise TypeError(f"nn.DataParallel's replicas cannot train a selection of model; {remedy}")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrap(model.module)
     compiled = type(model).__name__ == "OptimizedModule"
@@ -143,10 +141,8 @@ def holds_codes(tensor: Tensor) -> bool:
 def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter holds plain numbers of at least 16 bits; quantized ones do not."""
     if hasattr(parameter, "device_mesh"):
-        raise ValueError(
-            f"model's {name!r} is sharded over processes (FSDP or tensor parallel), which is not "
-            "supported yet; use DistributedDataParallel, or select before sharding"
-        )
+        remedy = "use DistributedDataParallel, or select before sharding"
+        raise ValueError(f"model's {name!r} is sharded (FSDP, tensor parallel); {remedy}")
     plain = not holds_codes(parameter)
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 

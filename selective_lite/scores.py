@@ -219,9 +219,7 @@ def _add(of: Of, total: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 
 NOT_FINITE = "scores[{!r}] has a value that is not finite; check the loss and the model's weights"
-ALL_ZERO = (
-    "scores are zero for every weight; a zero-initialised head passes no gradient: train it first"
-)
+ALL_ZERO = "scores are zero for every weight; a zero-initialised head passes no gradient: train it"
 
 
 def check_scores(scores: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 
 import torch
@@ -76,8 +75,7 @@ class Selection:
 
     def masks(self) -> dict[str, Tensor]:
         """The same selection as boolean tensors in the weights' shapes, on CPU."""
-        empty = partial(torch.zeros, dtype=torch.bool, device="cpu")
-        found = {name: empty(shape) for name, shape in self.shapes.items()}
+        found = {n: torch.zeros(s, dtype=torch.bool, device="cpu") for n, s in self.shapes.items()}
         for name, positions in self.indices.items():
             found[name].view(-1)[positions] = True
         return found

@@ -11,14 +11,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from .batches import Loss, check_loss, model_loss, to_device
+from .heads import Head
 from .layers.masked import MaskedTraining, check_selection
 from .params import head_weights, only_trainable, preserve_modes, weights
 from .selection import Selection
 
 Schedule = Callable[[float], float]
 Group = dict[str, Any]
+Record = dict[str, Any]
+Maker = Callable[..., Optimizer]  # of a phase's groups
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Step:
 
     step: int
     steps: int
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
 
     @property
     def progress(self) -> float:
@@ -125,11 +129,9 @@ def check_options(phase: str, *, epochs: int, **numbers: float | None) -> None:
     if epochs < 1:
         raise ValueError(f"epochs={epochs} of phase {phase!r} must be at least 1")
     for name, number in numbers.items():
-        if number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, Real | Tensor):
+        if isinstance(number, bool) or not isinstance(number, Real | Tensor | None):
             raise TypeError(f"{name}={number!r} of phase {phase!r} must be a number, such as 1e-3")
-        if not 0 <= number < math.inf:
+        if number is not None and not 0 <= number < math.inf:
             raise ValueError(f"{name}={number} of phase {phase!r} must be finite and not negative")
 
 
@@ -155,9 +157,7 @@ class Phases:
 
     def __iter__(self) -> Generator[Phase, None, None]:
         if self._used:
-            raise ValueError(
-                "phases were used already, and a method trains once; call the method again"
-            )
+            raise ValueError("phases were used already, and a method trains once; call it again")
         self._used = True
         return self._phases
 
@@ -179,9 +179,9 @@ def fit(
     batches: Batches,
     *,
     loss: Loss = model_loss,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
+    optimizer: Maker = AdamW,
+    on_step: Callable[[Record], None] | None = None,
+) -> list[Record]:
     """Run every phase of a method; the model is trained in place.
 
     Parameters
@@ -220,19 +220,16 @@ def fit(
     >>> records = fit(model, fixed_mask(model, selection, lr=1e-3, epochs=3), batches)
     """
     if isinstance(phases, Selection):
-        raise TypeError(
-            "phases is a Selection; give fixed_mask(model, selection, lr=..., epochs=...)"
-        )
-    records: list[dict[str, Any]] = []
+        raise TypeError("phases is a Selection; give fixed_mask(model, selection, lr=..., ...)")
+    records: list[Record] = []
     try:
         _check_batches(batches)
         for phase in phases:
             called = phase.model or model
             if {id(p) for p in model.parameters()}.isdisjoint(map(id, called.parameters())):
                 raise ValueError(f"phase {phase.name!r} was made for another model; make it anew")
-            groups = _checked_groups(phase, called)
             with preserve_modes(called), torch.enable_grad():
-                for record in _steps(phase, groups, called, batches, loss, optimizer):
+                for record in _steps(phase, called, batches, loss, optimizer):
                     records.append(record)
                     if on_step:
                         on_step(record)
@@ -246,63 +243,50 @@ def _check_batches(batches: Any) -> None:
     if isinstance(batches, Mapping | Tensor):
         raise TypeError("batches is one batch; give a list of batches, such as [batch]")
     try:
-        count = len(batches)
+        empty = len(batches) == 0
     except TypeError:
         raise TypeError(
             f"batches is a {type(batches).__name__} without a length, which the schedules need; "
-            "give a list, such as list(itertools.islice(batches, 100)), or a loader over a dataset "
-            "that has a length"
+            "give a list, such as list(itertools.islice(batches, 100)), or another loader"
         ) from None
-    if count == 0:
+    if empty:
         raise ValueError("batches is empty; give at least one batch")
 
 
 def _checked_groups(phase: Phase, model: nn.Module) -> list[Group]:
     """The phase's groups with lists of parameters, all of them the model's."""
-    own = {id(p) for p in model.parameters()}
-    groups = []
+    own, groups = {id(p) for p in model.parameters()}, []
     for group in phase.groups:
         given = group["params"]
-        params = [given] if isinstance(given, Tensor) else list(given)
-        for p in params:
-            if id(p) not in own:
-                raise ValueError(
-                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
-                    "not one of the model's; give fit the method itself (not list(method)), made "
-                    "for this model"
-                )
-            if not p.requires_grad:
-                raise ValueError(
-                    f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is "
-                    "frozen; set its requires_grad, or give fit the method itself"
-                )
-        groups.append({**group, "params": params})
+        groups.append({**group, "params": [given] if isinstance(given, Tensor) else [*given]})
+        for p in groups[-1]["params"]:
+            if id(p) in own and p.requires_grad:
+                continue
+            why = "frozen; set its requires_grad" if id(p) in own else "not one of the model's"
+            raise ValueError(
+                f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is {why}, "
+                "or give fit the method itself (not list(method)), made for this model"
+            )
     return groups
 
 
 def _steps(
-    phase: Phase,
-    groups: Sequence[Group],
-    model: nn.Module,
-    batches: Batches,
-    loss: Loss,
-    optimizer: Callable[..., torch.optim.Optimizer],
-) -> Iterator[dict[str, Any]]:
+    phase: Phase, model: nn.Module, batches: Batches, loss: Loss, optimizer: Maker
+) -> Iterator[Record]:
     """Train one phase, a record a step."""
+    groups, steps = _checked_groups(phase, model), phase.epochs * len(batches)
     opt = optimizer([{k: v for k, v in group.items() if k != "schedule"} for group in groups])
-    steps = phase.epochs * len(batches)
     schedules = [_per_step(group.get("schedule", linear_decay), steps) for group in groups]
     rates = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
     model.train()
     passes = chain.from_iterable(repeat(batches, phase.epochs))
     for number, batch in enumerate(passes, 1):
         batch, step = to_device(batch, model), Step(number, steps, opt)
-        task = loss(model, batch)
-        check_loss(task, batch, f"at step {number} of phase {phase.name!r}")
+        task, where = loss(model, batch), f"at step {number} of phase {phase.name!r}"
+        check_loss(task, batch, where)
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
         total = task + penalty
-        if phase.penalty:
-            check_loss(total, batch, f"at step {number} of phase {phase.name!r}")
+        check_loss(total, batch, where)
         opt.zero_grad()
         total.backward()
         if phase.before_step:
@@ -336,7 +320,7 @@ def fixed_mask(
     lr: float,
     epochs: int,
     lr_head: float | None = None,
-    head: Sequence[str] | None = None,
+    head: Head = None,
     weight_decay: float = 0.0,
     name: str = "",
 ) -> Phases:
@@ -374,10 +358,8 @@ def fixed_mask(
 
     def phases() -> Generator[Phase, None, None]:
         with MaskedTraining(model, selection, head=head) as training:
-            groups: list[Group] = [
-                {"params": training.parameters(), "lr": lr, "weight_decay": weight_decay}
-            ]
-            dense = training.dense_parameters()
+            own, dense = training.parameters(), training.dense_parameters()
+            groups = [{"params": own, "lr": lr, "weight_decay": weight_decay}]
             groups += head_group(dense, lr, lr_head, weight_decay=weight_decay)
             yield Phase(name, groups, epochs, selection=selection)
 
@@ -390,7 +372,7 @@ def full_finetuning(
     lr: float,
     epochs: int,
     lr_head: float | None = None,
-    head: Sequence[str] | None = None,
+    head: Head = None,
     weight_decay: float = 0.0,
     name: str = "dense",
 ) -> Phases:
@@ -403,7 +385,7 @@ def full_finetuning(
     body, heads = (list(found(model, head).values()) for found in (weights, head_weights))
 
     def phases() -> Generator[Phase, None, None]:
-        groups: list[Group] = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
+        groups = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
         groups += head_group(heads, lr, lr_head, weight_decay=weight_decay)
         with only_trainable(model, [*body, *heads]):
             yield Phase(name, groups, epochs)

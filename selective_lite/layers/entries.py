@@ -43,6 +43,8 @@ class Entries(nn.Module):
     """
 
     index: Index
+    rows: Index
+    columns: Index
 
     def __init__(
         self, dense: Tensor, index: Index, rows: Index = None, columns: Index = None

@@ -280,10 +280,8 @@ def check_selection(
     if params.in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
     if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "model is wrapped in DistributedDataParallel, which has taken note of the parameters "
-            "that it had; wrap it inside masked training"
-        )
+        why = "which has noted the parameters that it had; wrap it inside masked training"
+        raise ValueError(f"model is wrapped in DistributedDataParallel, {why}")
     named, places, indices = params.named_parameters(model), params.owners(model), selection.indices
     params.check_names(indices, named, "selection")
     also = params.names_under(dense, named, "dense")
@@ -331,9 +329,9 @@ def _check_places(argument: str, places: Mapping[str, Places]) -> None:
         )
 
 
-def gathers(places: Places) -> bool:
+def gathers(places: Places, sampled: bool = True) -> bool:
     """Whether a tensor's selected gradients come from a dense one, at one of its places."""
-    return not all(samples(*place) for place in places)
+    return not (sampled and all(samples(*place) for place in places))
 
 
 def footprint_of(

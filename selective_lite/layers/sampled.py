@@ -17,6 +17,7 @@ from torch.nn import functional
 
 Index = Tensor | None  # positions or features, int64; None for all of them
 Operands = tuple[Tensor, Tensor, Index, Index, Index]  # weight, values, index, rows, columns
+SECOND = "no second derivatives (create_graph=True) of sampled gradients; give sampled=False"
 BLOCK = 128  # tokens transposed together
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
@@ -47,10 +48,7 @@ class _Scatter(torch.autograd.Function):
 def _refuse_second_derivatives() -> None:
     # In a backward, gradients are recorded only if second derivatives were asked for.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "sampled gradients have no second derivatives (create_graph=True); train with "
-            "masked(..., sampled=False), which gathers entries of dense gradients"
-        )
+        raise RuntimeError(SECOND)
 
 
 class _Linear(torch.autograd.Function):
@@ -136,7 +134,7 @@ def sampled_product(
         (T, height) and (T, width), floating point; half precision is summed in float32. What
         `columns_as_rows` gives of them where `rows` or `columns` are given.
     index
-        Flat row-major positions in (height, width), int64, strictly increasing, on the same device.
+        Flat row-major positions in (height, width), int64, strictly increasing, same device.
     height, width
         Of the product.
     rows, columns
@@ -230,7 +228,7 @@ def footprint(index: Tensor, height: int, width: int) -> tuple[Index, Index]:
     """The rows and the columns of a matrix that sorted positions lie in.
 
     None where they are too many to be gathered. Both, whatever their number, if the positions are
-    all of some rows or of some columns (neurons, attention heads): then dense slices are multiplied.
+    all of some rows or columns (neurons, attention heads): then dense slices are multiplied.
     """
     rows, columns = index.div(width, rounding_mode="floor").unique(), (index % width).unique()
     if len(index) == len(rows) * len(columns) and (len(rows) == height or len(columns) == width):

@@ -1,4 +1,4 @@
-"""Small modules beside a frozen matrix: LoRA (Hu et al. 2022) and the bottleneck Adapter (Houlsby et al. 2019).
+"""Small modules: LoRA (Hu et al. 2022) and the bottleneck Adapter (Houlsby et al. 2019).
 
 A module sits inside the ``nn.Linear`` (or Hugging Face ``Conv1D``) that it belongs to, whose class
 changes: no hook to lose in a `deepcopy`, and the layer's own weight and bias keep their names. A
@@ -9,127 +9,127 @@ be taken out again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import gelu, linear
 
-from ..params import check_names, owners, weights
-from .attach import Attached, attach, detach
+from ..heads import Head, Names
+from ..params import Parameters, Place, check_names, one_of, owners, weights
+from .attach import Attached, attach, detach, stand_in
 from .entries import Selected, is_conv1d
+from .sampled import precise
 
 Kind = Literal["lora", "adapter"]
 KINDS = ("lora", "adapter")
+NO_MODULE = "only floating-point weights of nn.Linear or of Conv1D can have a small module"
 
 
 def part_shapes(kind: Kind, d_in: int, d_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a small module, ``{part: shape}``, for a layer from `d_in` to `d_out` features.
+    """The tensors of a small module, ``{part: shape}``, for a layer from `d_in` to `d_out`.
 
     Raises
     ------
     ValueError
         If `kind` is neither ``"lora"`` nor ``"adapter"``.
     """
+    one_of("kind", kind, KINDS)
     if kind == "lora":
         return {"A": (rank, d_in), "B": (d_out, rank)}
-    if kind != "adapter":
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
     return {"down": (rank, d_out), "down_bias": (rank,), "up": (d_out, rank), "up_bias": (d_out,)}
 
 
 def adapter_size(kind: Kind, d_in: int, d_out: int, rank: int) -> int:
-    """How many weights a small module trains: r (d_in + d_out) for LoRA, 2 r d_out + r + d_out for an Adapter."""
+    """How many weights a small module trains.
+
+    r (d_in + d_out) for LoRA, 2 r d_out + r + d_out for an Adapter.
+    """
     return sum(prod(shape) for shape in part_shapes(kind, d_in, d_out, rank).values())
 
 
-class LoRA(nn.Module):
-    """A low-rank difference B A to a weight: A is uniform in +-1 / sqrt(d_in), B is zero.
+class _Small(nn.Module):
+    """Parts as `part_shapes` has them: the first is uniform, the others are zero.
 
     Parameters
     ----------
     d_in, d_out
         Features in and out of the layer.
     rank
-        r, the rows of A (r, d_in) and the columns of B (d_out, r).
+        r.
     generator
-        A CPU generator that draws A.
+        A CPU generator that draws the first part.
     like
         A tensor whose dtype and device the weights get.
     """
 
-    kind: Kind = "lora"
+    kind: Kind
 
     def __init__(
         self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor
     ) -> None:
         super().__init__()
         self.rank = rank
-        self.A = nn.Parameter(_uniform((rank, d_in), generator, like))
-        self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=like.dtype, device=like.device))
+        for part, shape in part_shapes(self.kind, d_in, d_out, rank).items():
+            values = torch.zeros(shape, device="cpu")
+            if not self._parameters:
+                values = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+                values = (2 * values - 1) / math.sqrt(shape[1])
+            setattr(self, part, nn.Parameter(values.to(like.device, like.dtype)))
+
+
+class LoRA(_Small):
+    """A low-rank difference B A to a weight: A (r, d_in) uniform in +-1 / sqrt(d_in), B zero."""
+
+    kind: Kind = "lora"
+    A: nn.Parameter
+    B: nn.Parameter
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output y (..., d_out) with the difference's share of its input x (..., d_in) added."""
+        """The layer's output y (..., d_out), and the difference's of its input x (..., d_in)."""
         # (eq-lora)  y = W x + b + B A x
-        return y + functional.linear(functional.linear(x, self.A), self.B)
+        return y + linear(linear(x, self.A), self.B)
 
     def difference(self) -> Tensor:
         """B A, (d_out, d_in), in float32 or float64."""
-        precise = torch.promote_types(self.A.dtype, torch.float32)
-        return self.B.detach().to(precise) @ self.A.detach().to(precise)
+        return self.B.detach().to(precise(self.B)) @ self.A.detach().to(precise(self.A))
 
 
-class Adapter(nn.Module):
-    """A bottleneck of width r behind a layer: down uniform in +-1 / sqrt(d_out), up and biases zero. As `LoRA`."""
+class Adapter(_Small):
+    """A bottleneck of width r behind a layer: down uniform in +-1 / sqrt(d_out), all else zero."""
 
     kind: Kind = "adapter"
-
-    def __init__(
-        self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor
-    ) -> None:
-        super().__init__()
-        self.rank = rank
-        self.down = nn.Parameter(_uniform((rank, d_out), generator, like))
-        self.down_bias = nn.Parameter(torch.zeros(rank, dtype=like.dtype, device=like.device))
-        self.up = nn.Parameter(torch.zeros(d_out, rank, dtype=like.dtype, device=like.device))
-        self.up_bias = nn.Parameter(torch.zeros(d_out, dtype=like.dtype, device=like.device))
+    down: nn.Parameter
+    down_bias: nn.Parameter
+    up: nn.Parameter
+    up_bias: nn.Parameter
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output y (..., d_out) and what the bottleneck makes of it; x is not used."""
         # (eq-adapter)  y' = y + U gelu(D y + d) + u
-        hidden = functional.gelu(functional.linear(y, self.down, self.down_bias))
-        return y + functional.linear(hidden, self.up, self.up_bias)
-
-
-def _uniform(shape: tuple[int, int], generator: torch.Generator, like: Tensor) -> Tensor:
-    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return ((2 * drawn - 1) / math.sqrt(shape[1])).to(like.device, like.dtype)
+        hidden = gelu(linear(y, self.down, self.down_bias))
+        return y + linear(hidden, self.up, self.up_bias)
 
 
 def linear_sizes(module: Any) -> tuple[int, int] | None:
-    """(d_in, d_out) of exactly an ``nn.Linear`` or Hugging Face ``Conv1D``; None for every other module."""
-    cls = type(module)
-    if cls is nn.Linear:
+    """(d_in, d_out) of exactly an ``nn.Linear`` or Hugging Face ``Conv1D``; else None."""
+    if type(module) is nn.Linear:
         return module.in_features, module.out_features
-    if is_conv1d(cls):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
+    return tuple(module.weight.shape) if is_conv1d(type(module)) else None
 
 
-def _plain(places: Sequence[tuple[nn.Module, str]]) -> bool:
-    """Whether a parameter is the weight of linear layers alone, of one kind and with the forward of their class."""
+def _plain(places: Sequence[Place]) -> bool:
+    """Whether a parameter is the weight of linear layers alone, of one kind and its forward."""
     return len({type(layer) for layer, _ in places}) == 1 and all(
         attribute == "weight" and linear_sizes(layer) is not None and "forward" not in vars(layer)
         for layer, attribute in places
     )
 
 
-def linear_weights(
-    model: nn.Module, targets: Sequence[str] | None = None, head: Sequence[str] | None = None
-) -> list[str]:
+def linear_weights(model: nn.Module, targets: Head = None, head: Head = None) -> list[str]:
     """Names of the weights outside the head that can have a small module, in model order.
 
     Parameters
@@ -147,72 +147,58 @@ def linear_weights(
     ValueError
         If there is none, or a target names none, or one that cannot have a small module.
     """
-    places = owners(model)
-    layers = {
-        name: {layer for layer, _ in places[name]}
-        for name in weights(model, head)
-        if _plain(places[name])
-    }
+    places, candidates = owners(model), weights(model, head)
+    layers = {n: {at[0] for at in places[n]} for n in candidates if _plain(places[n])}
     if not layers:
-        raise ValueError(
-            "model has no nn.Linear or Conv1D outside its head that could have a small module"
-        )
-    plain = set().union(*layers.values())
+        raise ValueError("model has no nn.Linear or Conv1D outside its head for a small module")
+    plain, named = set().union(*layers.values()), [*model.named_modules()]
     chosen = plain if targets is None else set()
     for target in (targets,) if isinstance(targets, str) else targets or ():
-        meant = {
-            module for path, module in model.named_modules() if ("." + path).endswith("." + target)
-        }
+        meant = {module for path, module in named if f".{path}".endswith(f".{target}")}
         if not meant or not meant <= plain:
             raise ValueError(
-                f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or one that is tied to "
-                "another kind of module; give ends of module names, such as ('query', 'value')"
+                f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or "
+                "one that is tied to another; give ends of module names, such as ('query', 'value')"
             )
         chosen |= meant
     return [name for name in layers if layers[name] & chosen]
 
 
-def find_layers(
-    model: nn.Module, ranks: Mapping[str, int]
-) -> dict[str, tuple[list[Any], int, int]]:
-    """Where small modules of these ranks can go, ``{weight name: (layers, d_in, d_out)}``; raises as `add_adapters`."""
-    places = owners(model)
+Found = dict[str, tuple[list[Any], int, int]]
+
+
+def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> Found:
+    """Where small modules of these ranks can go, ``{weight name: (layers, d_in, d_out)}``.
+
+    Raises as `add_adapters`.
+    """
+    places, found = owners(model), Found()
     check_names(ranks, places, "names")
-    found: dict[str, tuple[list[Any], int, int]] = {}
     for name, rank in ranks.items():
         layers: list[Any] = [layer for layer, _ in places[name]]
-        for layer in layers:
-            if isinstance(layer, Adapted):
-                raise ValueError(
-                    f"the layer of {name!r} has a small module already; merge or remove that first"
-                )
-            if isinstance(layer, Selected):
-                raise ValueError(
-                    f"the layer of {name!r} is in masked training; add small modules before it"
-                )
-            if "forward" in vars(layer):
-                raise ValueError(
-                    f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first"
-                )
         sizes = linear_sizes(layers[0])
-        if sizes is None or not _plain(places[name]) or not layers[0].weight.is_floating_point():
+        if any(isinstance(layer, Adapted) for layer in layers):
+            why = f"the layer of {name!r} has a small module already; merge or remove that first"
+        elif any(isinstance(layer, Selected) for layer in layers):
+            why = f"the layer of {name!r} is in masked training; add small modules before it"
+        elif any("forward" in vars(layer) for layer in layers):
+            why = f"{name!r} is in a layer whose forward was replaced (a hook?); remove that first"
+        elif not (sizes and _plain(places[name]) and layers[0].weight.is_floating_point()):
             kinds = " and a ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
-            raise ValueError(
-                f"{name!r} belongs to a {kinds}; only floating-point weights of nn.Linear or of Conv1D can have a "
-                "small module"
-            )
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(sizes):
-            raise ValueError(
-                f"rank={rank!r} does not fit {name!r}; give an int from 1 to {min(sizes)}"
-            )
-        found[name] = (layers, *sizes)
+            why = f"{name!r} belongs to a {kinds}; {NO_MODULE}"
+        elif isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(sizes):
+            why = f"rank={rank!r} does not fit {name!r}; give an int from 1 to {min(sizes)}"
+        else:
+            found[name] = (layers, *sizes)
+            continue
+        raise ValueError(why)
     return found
 
 
 def add_adapters(
-    model: nn.Module, names: Sequence[str], *, kind: Kind = "lora", rank: int = 8, seed: int = 0
+    model: nn.Module, names: Names, *, kind: Kind = "lora", rank: int = 8, seed: int = 0
 ) -> dict[str, LoRA | Adapter]:
-    """Put a small module into the layers of these weights; the model computes what it did until they are trained.
+    """Put a small module into the layers of these weights; until trained, it changes nothing.
 
     Parameters
     ----------
@@ -242,17 +228,14 @@ def add_adapters(
         than those two (or tied to one), or a layer that has a small module or is in masked
         training. The model is unchanged.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {KINDS}")
-    places = find_layers(model, dict.fromkeys((names,) if isinstance(names, str) else names, rank))
-    generator = torch.Generator().manual_seed(seed)
-    make = LoRA if kind == "lora" else Adapter
-    return {
-        name: attach_module(
-            layers, make(d_in, d_out, rank, generator=generator, like=layers[0].weight)
-        )
-        for name, (layers, d_in, d_out) in places.items()
-    }
+    one_of("kind", kind, KINDS)
+    found = find_layers(model, dict.fromkeys(_names(names), rank))
+    generator, make = torch.Generator().manual_seed(seed), LoRA if kind == "lora" else Adapter
+    modules: dict[str, LoRA | Adapter] = {}
+    for name, (layers, d_in, d_out) in found.items():
+        module = make(d_in, d_out, rank, generator=generator, like=layers[0].weight)
+        modules[name] = attach_module(layers, module)
+    return modules
 
 
 def attach_module(layers: Sequence[Any], module: Any) -> Any:
@@ -268,62 +251,59 @@ class Adapted(Attached):
 
 
 @cache
-def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+def adapted_class(cls: type[nn.Module]) -> Any:
     """A subclass of `cls` with a small module behind its forward."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         # Whatever comes next: masked training puts a forward of its own between the two.
         return layer.adapter(x, super(adapted, layer).forward(x))
 
-    members = {"base": cls, "made_by": (adapted_class, ()), "forward": forward}
-    members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    adapted: Any = type(cls.__name__, (Adapted, cls), members)
+    adapted = stand_in(cls, (Adapted, cls), (adapted_class, ()), {"forward": forward})
     return adapted
+
+
+def _names(names: Names) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _layers(model: nn.Module) -> dict[str, list[Any]]:
     """The layers that have a small module, by the name of their weight."""
-    places = owners(model).items()
-    found = {
-        n: [m for m, part in at if part == "weight" and isinstance(m, Adapted)] for n, at in places
-    }
+    own = {n: [m for m, part in at if part == "weight"] for n, at in owners(model).items()}
+    found = {n: [m for m in layers if isinstance(m, Adapted)] for n, layers in own.items()}
     return {name: layers for name, layers in found.items() if layers}
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """The small modules that a model has, ``{weight name: module}``, in model order: `LoRA`, `Adapter`, or SoRA's."""
+    """The small modules that a model has, ``{weight name: module}``, in model order.
+
+    `LoRA`, `Adapter`, or SoRA's.
+    """
     return {name: layers[0].adapter for name, layers in _layers(model).items()}
 
 
-def adapter_parameters(
-    model: nn.Module, names: Sequence[str] | None = None
-) -> dict[str, nn.Parameter]:
-    """The weights of small modules, by their names in the model, such as ``"encoder.0.query.adapter.A"``.
+def adapter_parameters(model: nn.Module, names: Sequence[str] | None = None) -> Parameters:
+    """The weights of small modules by their names in it, such as ``"0.query.adapter.A"``.
 
     `names` of the layers' weights, default all; a name without a small module has no entry.
     """
-    found = (
-        (n.removesuffix("weight") + "adapter.", m)
-        for n, m in adapters(model).items()
-        if names is None or n in names
-    )
-    return {prefix + part: p for prefix, module in found for part, p in module.named_parameters()}
+    found = {n: m for n, m in adapters(model).items() if names is None or n in names}
+    own = [(n.removesuffix("weight") + "adapter", m.named_parameters()) for n, m in found.items()]
+    return {f"{path}.{part}": p for path, parts in own for part, p in parts}
 
 
-def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, list[Any]]:
+def _chosen(model: nn.Module, names: Names | None) -> dict[str, list[Any]]:
     found = _layers(model)
-    names = list(found) if names is None else (names,) if isinstance(names, str) else names
-    for name in names:
+    chosen = list(found if names is None else _names(names))
+    for name in chosen:
         if name not in found:
-            raise ValueError(
-                f"names holds {name!r}, which has no small module; print(list(adapters(model)))"
-            )
+            why = "which has no small module; print(list(adapters(model)))"
+            raise ValueError(f"names holds {name!r}, {why}")
         if any(isinstance(layer, Selected) for layer in found[name]):
             raise ValueError(f"the layer of {name!r} is in masked training; leave that first")
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in chosen}
 
 
-def remove_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
+def remove_adapters(model: nn.Module, names: Names | None = None) -> None:
     """Take small modules out, and with them what they learned; `names` of weights, default all.
 
     Raises
@@ -338,10 +318,11 @@ def remove_adapters(model: nn.Module, names: Sequence[str] | None = None) -> Non
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Add every LoRA's difference to its weight and take the module out: W <- W + B A; `names` as `remove_adapters`.
+def merge_adapters(model: nn.Module, names: Names | None = None) -> None:
+    """Add every LoRA's difference to its weight and take the module out: W <- W + B A.
 
-    The sum is rounded to the weight's dtype: this cannot be undone to the bit.
+    `names` as `remove_adapters`. The sum is rounded to the weight's dtype: this cannot be undone to
+    the bit.
 
     Raises
     ------
@@ -352,14 +333,12 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None
     chosen = _chosen(model, names)
     for name, (layer, *_) in chosen.items():
         if not hasattr(layer.adapter, "difference"):
-            raise ValueError(
-                f"the small module of {name!r} is a bottleneck Adapter, which cannot be merged; keep it"
-            )
+            what = f"the small module of {name!r} is a bottleneck Adapter"
+            raise ValueError(f"{what}, which cannot be merged; keep it")
     for layer, *_ in chosen.values():
         difference, weight = layer.adapter.difference(), layer.weight
-        oriented = (
-            difference if isinstance(layer, nn.Linear) else difference.t()
-        )  # Conv1D holds W^T
+        if not isinstance(layer, nn.Linear):  # Conv1D holds W^T
+            difference = difference.t()
         # (eq-merge)  W <- W + B A
-        weight.copy_(weight.to(difference.dtype) + oriented)
+        weight.copy_(weight.to(difference.dtype) + difference)
     remove_adapters(model, list(chosen))
