@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .attach import Attached, attach, detach, stand_in
-from .sampled import Index, Operands, embedding, linear, precise, scatter
+from .sampled import Index, embedding, linear, precise, scatter
 
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
 EXPORTED = "leave masked training before the model is exported, traced or scripted"

@@ -205,9 +205,7 @@ def check_tensor(name: str, tensor: Tensor, shape: list[int], dtype: str, table:
             f"model's {name!r} is on the meta device (offloaded, or not loaded), which holds no "
             "values; load the whole model (device_map=None)"
         )
-    if holds_codes(tensor) or (
-        dtype.startswith("torch.float") and not tensor.is_floating_point()
-    ):
+    if holds_codes(tensor) or (dtype.startswith("torch.float") and not tensor.is_floating_point()):
         raise DeltaError(
             f"model's {name!r} is quantized ({type(tensor).__name__}, {tensor.dtype}), the delta's "
             f"base is {dtype}; load it without quantization"
