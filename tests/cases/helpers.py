@@ -1,4 +1,4 @@
-"""Tiny models as users have them, and what a user asks of each: is it right, or am I told what to do?"""
+"""Tiny models as users have them, and what is asked of each: right, or told what to do?"""
 
 import copy
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ VIT["intermediate_size"] = 20
 
 
 def hf(name, seed=0, **options):
-    """The model class of transformers of that name with this tiny configuration, in evaluation mode."""
+    """The class of transformers of that name with this tiny configuration, in evaluation mode."""
     cls = getattr(T, name)
     torch.manual_seed(seed)
     return cls(cls.config_class(**options)).eval()

@@ -86,7 +86,10 @@ def stream():
 
 
 def test_batches_of_an_iterable_dataset():
-    """transformers#5990, #20089, #11766: scores take them; `fit` says what to do, and leaves the model."""
+    """transformers#5990, #20089, #11766: scores take them, `fit` says what to do.
+
+    It leaves the model as it was.
+    """
     model = mlp()
     selection = sl.select(sl.squared_gradient(model, stream(), loss=cross_entropy, head=()), 5)
     phases = sl.fixed_mask(model, selection, lr=1e-2, epochs=1, head=())
@@ -162,7 +165,10 @@ def test_a_tensor_without_the_sample_dimension(first):
 
 
 def test_image_patches_of_all_samples_in_one_tensor():
-    """Qwen's vision: 12 patches for 3 samples. Per-sample scores cannot cut them; per-batch scores can go on."""
+    """Qwen's vision: 12 patches for 3 samples.
+
+    Per-sample scores cannot cut them; per-batch scores can go on.
+    """
     model = nn.Linear(4, 2)
     batch = {"patches": torch.randn(12, 4), "labels": torch.tensor([0, 1, 0])}
 
@@ -195,7 +201,10 @@ def test_numbers_and_none_in_a_batch():
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_batches_that_are_tuples(kind):
-    """`for x, y in loader`: a TensorDataset has no names; scores raised a TypeError, `fit` took them."""
+    """`for x, y in loader`: a TensorDataset has no names.
+
+    Scores raised a TypeError, `fit` took them.
+    """
 
     def loss(model, batch):
         x, labels = batch

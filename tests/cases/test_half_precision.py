@@ -1,4 +1,6 @@
-"""Training a model that is held in bfloat16 or float16: vllm-project/speculators#765, fla-org/flame#47.
+"""Training a model that is held in bfloat16 or float16.
+
+vllm-project/speculators#765, fla-org/flame#47.
 
 Near 1 a bfloat16 has steps of 1/128: an update of 1e-4 is rounded away, a hundred times over.
 """
@@ -25,7 +27,10 @@ def batch():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_norms_of_a_bfloat16_model_move(whole):
-    """speculators#765, flame#47: norm weights never moved; selected in part they did, whole they did not."""
+    """speculators#765, flame#47: norm weights never moved.
+
+    Selected in part they did, whole they did not.
+    """
     model = bert().bfloat16()
     norms = sl.select_tensors(model, lambda name, _: name.endswith("LayerNorm.weight"))
     if not whole:
@@ -74,7 +79,7 @@ def test_full_finetuning_and_phases_of_a_bfloat16_model_move_small_weights_or_sa
 
 
 def test_the_shipped_file_of_a_bfloat16_model_gives_the_tuned_model(path):
-    """Values are trained in float32 and shipped in bfloat16: rounded once, and applied bit for bit."""
+    """Values are trained in float32, shipped in bfloat16: rounded once, applied bit for bit."""
     model = bert().bfloat16()
     fresh = copy.deepcopy(model)
     with sl.masked(model, some_of_each(model, head=None)) as tuning:
@@ -101,7 +106,10 @@ def test_precise_values_are_float32():
 
 
 def test_a_checkpoint_written_inside_holds_the_models_own_keys(tmp_path):
-    """`save_pretrained` in a training loop: no vector of the library's beside the weights, and today's values."""
+    """`save_pretrained` in a training loop: the model's own keys, and today's values.
+
+    No vector of the library's is beside the weights.
+    """
     model = bert().bfloat16()
     own = set(model.state_dict())
     with sl.masked(model, some_of_each(model, head=None)) as tuning:

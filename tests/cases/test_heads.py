@@ -88,7 +88,10 @@ def test_a_language_model_has_no_head_and_nobody_warns(name, options):
 
 
 def test_a_receiver_with_a_new_head_of_its_own_gets_the_tuned_one():
-    """T5's classification_head: the receiver loads the pretrained encoder, its head is drawn from another seed."""
+    """T5's classification_head: the receiver's own is drawn from another seed.
+
+    Only the encoder is loaded from the pretrained model.
+    """
     pretrained, tuned = (hf("T5ForSequenceClassification", **T5) for _ in range(2))
     receiver = hf("T5ForSequenceClassification", 9, **T5)
     head = {k: v for k, v in receiver.state_dict().items() if "classification_head" in k}

@@ -68,7 +68,10 @@ LAYERS = {
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_in_place_behind_a_layer(layer, act):
-    """bitsandbytes#736: ReLU(inplace=True), or an addition in place, behind a layer of a sequence model."""
+    """bitsandbytes#736: an operation in place behind a layer of a sequence model.
+
+    ReLU(inplace=True), or an addition.
+    """
     act = ACTS[act]
     torch.manual_seed(0)
     model = InPlace(LAYERS[layer](), act if isinstance(act, nn.Module) else Called(act)).double()
@@ -140,7 +143,10 @@ def penalty_and_loss(model, x):
 @pytest.mark.parametrize("loss", [gradient_penalty, penalty_and_loss])
 @pytest.mark.parametrize("layer", [None, "Conv1D"])
 def test_a_gradient_penalty_is_right_or_refused(loss, layer):
-    """pytorch/pytorch#7714 (WGAN-GP), #58509: a custom function that saves intermediates gave wrong numbers."""
+    """pytorch/pytorch#7714 (WGAN-GP), #58509: a wrong second derivative.
+
+    A custom function that saves intermediates gave wrong numbers.
+    """
     torch.manual_seed(0)
     model = smooth(Conv1D(6, 4) if layer else None)
     selection, x = some_of_each(model), torch.randn(8, 4).double()
@@ -151,7 +157,10 @@ def test_a_gradient_penalty_is_right_or_refused(loss, layer):
 
 
 def test_the_curvature_of_the_selected_weights_is_right_or_refused():
-    """pytorch/pytorch#76185: a Hessian-vector product over what is trained (SAM, influence functions)."""
+    """pytorch/pytorch#76185: a Hessian-vector product over what is trained.
+
+    SAM and influence functions need it.
+    """
     torch.manual_seed(0)
     model = smooth()
     x, v = torch.randn(8, 4).double(), torch.tensor([1.0, -2.0, 0.5]).double()
@@ -171,7 +180,7 @@ def test_the_curvature_of_the_selected_weights_is_right_or_refused():
 
 
 def test_scores_of_a_loss_that_itself_takes_gradients():
-    """#7714 once more: the score of a loss with a gradient penalty is that loss's own gradient squared."""
+    """#7714 again: the score of a loss with a gradient penalty is its own gradient squared."""
     torch.manual_seed(0)
     model, x = smooth(), torch.randn(8, 4).double()
     scores = sl.squared_gradient(model, [x], loss=penalty_and_loss, reduction="batch", head=())

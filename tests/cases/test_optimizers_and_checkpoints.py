@@ -173,7 +173,7 @@ OPTIMIZERS = {
 
 
 def stopped(make, positions, fresh=mlp):
-    """A checkpoint in the middle of training this selection: state of the model and of the optimizer."""
+    """A checkpoint in the middle of training this selection: the model's and optimizer's state."""
     model = fresh()
     with sl.masked(model, chosen(model, **positions), head=()) as tuning:
         optimizer = make(tuning.parameters())
@@ -227,7 +227,10 @@ OTHERS = {
 @pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("other", OTHERS)
 def test_resuming_with_another_selection_is_refused(make, other):
-    """Other weights were trained with the moments of the first ones; a fused AdamW crashed the process."""
+    """Other weights were trained with the moments of the first ones.
+
+    A fused AdamW crashed the process.
+    """
     make = OPTIMIZERS[make]
     with refused("selection"):
         resumed(make, OTHERS[other], stopped(make, FIRST))
@@ -388,7 +391,10 @@ def test_trainer_resumes_from_its_deltas(trainer, tmp_path):
 
 
 def test_a_delta_at_every_checkpoint_of_trainer(trainer, tmp_path):
-    """huggingface/peft#353: small files at every checkpoint, each enough to rebuild the model of that step."""
+    """huggingface/peft#353: small files at every checkpoint.
+
+    Each is enough to rebuild the model of that step.
+    """
     model = bert()
     selection = sl.fish(model, [batch()], 0.02)
     with sl.masked(model, selection) as tuning:

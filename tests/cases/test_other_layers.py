@@ -1,4 +1,6 @@
-"""Any floating tensor can be selected in part, on the models that people have, with the README's defaults.
+"""Any floating tensor can be selected in part, with the README's defaults.
+
+The models are those that people have.
 
 huggingface/peft#2809, hiyouga/LlamaFactory#6869, unslothai/unsloth#4476, baichuan-inc/Baichuan2#340
 ("Target module ... is not supported"); experts: huggingface/peft#3009, #2527, #2545,
@@ -92,7 +94,10 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_readmes_defaults_train_at_once(name):
-    """peft#2809 (Gemma's scaled embedding), unsloth#4476, Baichuan2#340: random scores, 300 weights, fit."""
+    """Gemma's scaled embedding and its kind: random scores, 300 weights, fit.
+
+    peft#2809, unsloth#4476, Baichuan2#340.
+    """
     options, batch = MODELS[name]
     model = hf(name, **options)
     before = sl.snapshot(model)
@@ -117,7 +122,10 @@ def test_fish_on_a_language_model(name):
 
 @pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
 def test_single_weights_of_experts_train(name):
-    """peft#3009, #2527, #2545: since transformers 5 a mixture's experts are one three-dimensional parameter."""
+    """peft#3009, #2527, #2545: a mixture's experts are one three-dimensional parameter.
+
+    So it is since transformers 5.
+    """
     options, batch = MODELS[name]
     model = hf(name, **options).double()
     model.set_experts_implementation("eager")  # torch's grouped product knows no float64
@@ -216,7 +224,10 @@ def weighted_mean(model, x):
 
 @pytest.mark.parametrize("what", LAYERS)
 def test_part_of_any_layer_has_its_dense_gradient(what):
-    """`Target module Conv2d(...) is not supported`: every layer of torch.nn that people fine-tune."""
+    """Every layer of torch.nn that people fine-tune.
+
+    They were told `Target module Conv2d(...) is not supported`.
+    """
     make, shape = LAYERS[what]
     torch.manual_seed(0)
     model = make().double()
@@ -246,7 +257,7 @@ def test_part_of_any_layer_trains_and_nothing_else_moves(what):
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
 def test_a_masked_recurrent_model_can_be_copied(cls):
-    """A copy for early stopping or for an average of weights, made while an LSTM's bias is selected."""
+    """A copy for early stopping or an average of weights, while an LSTM's bias is selected."""
     model, x = Recurrent(cls), torch.randn(SEQUENCE)
     with sl.masked(model, some_of_each(model), head=()) as tuning:
         train(model, tuning.parameters(), x, weighted_mean)

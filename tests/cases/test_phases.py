@@ -1,4 +1,6 @@
-"""Methods of several phases, used as people use them: twice, as lists, on another model, with arguments that are off.
+"""Methods of several phases, used as people use them.
+
+Twice, as lists, on another model, with arguments that are off.
 
 cambridgeltl/composable-sft#2 and its kind: what is wrong is said before a step is paid for.
 """

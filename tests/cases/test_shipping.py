@@ -1,8 +1,11 @@
-"""What is shipped makes the receiver's model the tuned one, or is refused: never another model in silence.
+"""What is shipped makes the receiver's model the tuned one, or is refused.
+
+It is never another model in silence.
 
 Buffers: huggingface/peft#1732. Ties: huggingface/peft#2777, #2018,
 thinking-machines-lab/tinker-cookbook#593. New tokens: huggingface/peft#1605, #2376,
-hiyouga/LlamaFactory#6749. During training: huggingface/peft#353, #96, huggingface/transformers#24073.
+hiyouga/LlamaFactory#6749. During training: huggingface/peft#353, #96,
+huggingface/transformers#24073.
 """
 
 import copy
@@ -73,7 +76,10 @@ def far_away():
 @pytest.mark.parametrize("make", BUFFERED)
 @pytest.mark.parametrize("start", ["model", "snapshot", "tuning"])
 def test_statistics_that_moved_are_shipped(make, start, path):
-    """peft#1732: batch norm's running statistics moved in training, and the file did not hold them."""
+    """peft#1732: batch norm's running statistics moved in training.
+
+    The file did not hold them.
+    """
     base, tuned, fresh = make(), make(), make()
     before, batch = sl.snapshot(tuned), far_away()
     selection = sl.select(sl.random_scores(tuned, 0, head=()), 0.2)
@@ -114,7 +120,10 @@ def pretrained():
 
 
 def export(tie):
-    """The same checkpoint, with input and output embeddings tied or two copies of the same numbers."""
+    """The same checkpoint, with embeddings tied or two copies of the same numbers.
+
+    They are the input's and the output's.
+    """
     model = llama(tie_word_embeddings=tie)
     model.load_state_dict(pretrained())
     return model
@@ -188,7 +197,7 @@ def stepped(model, tuning):
 
 
 def test_a_diff_at_every_checkpoint():
-    """peft#353, #96, transformers#24073: inside masked training, after a step, without leaving it."""
+    """peft#353, #96, transformers#24073: inside masked training, after a step."""
     model = mlp()
     before = sl.snapshot(model)
     with sl.masked(model, sl.select(sl.random_scores(model, 0, head=()), 9), head=()) as tuning:
@@ -262,7 +271,10 @@ class Holder(nn.Module):
 
 @pytest.mark.parametrize("wrap", [Holder, lambda m: Holder(Holder(m)), torch.compile])
 def test_the_same_base_under_another_prefix(wrap):
-    """The receiver holds the model in a module of its own (`model.bert...` for `bert...`), or compiled."""
+    """The receiver's model is in a module of its own (`model.bert...`), or is compiled.
+
+    The sender's names are `bert...`.
+    """
     tuned, delta = tuned_bert()
     receiver = bert()
     applied = delta.apply(wrap(receiver))
@@ -274,7 +286,10 @@ def test_the_same_base_under_another_prefix(wrap):
 
 
 def test_the_body_of_the_base_without_its_head():
-    """BertModel receives what BertForSequenceClassification learned: the body is right, the head is named."""
+    """BertModel receives what BertForSequenceClassification learned.
+
+    The body is right, the head is named.
+    """
     tuned, delta = tuned_bert()
     receiver = hf("BertModel", **ENCODER)
     receiver.load_state_dict(bert().bert.state_dict())

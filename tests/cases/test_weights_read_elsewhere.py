@@ -1,4 +1,6 @@
-"""A weight is read by other code than its own layer's call: huggingface/peft#2274, #2556 and their kind.
+"""A weight is read by other code than its own layer's call.
+
+huggingface/peft#2274, #2556 and their kind.
 
 `F.linear(x, self.proj.weight)` in a parent, a fused head, the fast path of evaluation: selected
 weights get their whole gradient there too, and everyone reads the values of now.
@@ -63,7 +65,10 @@ class Concatenated(Reader):
 
 
 class Measured(Reader):
-    """A layer is called, and its norm is part of the loss (weight normalization by hand, L2 penalties)."""
+    """A layer is called, and its norm is part of the loss.
+
+    Weight normalization by hand, L2 penalties.
+    """
 
     def forward(self, x):
         scale = self.out.weight.norm(dim=1).clamp(min=0.1)
@@ -81,7 +86,10 @@ def ids():
 @pytest.mark.parametrize("cls", [Twice, Reader, Concatenated, Measured])
 @pytest.mark.parametrize("backwards", [1, 2])
 def test_a_function_that_reads_a_weight_passes_the_whole_gradient_on(cls, backwards):
-    """huggingface/peft#2274, #2556: `F.linear(h, self.emb.weight)`; also with gradients accumulated."""
+    """huggingface/peft#2274, #2556: `F.linear(h, self.emb.weight)`.
+
+    Also with gradients accumulated.
+    """
     model, batch = cls().double(), ids()
     selection = sl.select(sl.squared_gradient(model, [batch], loss=next_token, head=()), 0.2)
     assert_gradients_agree(model, selection, batch, next_token, backwards=backwards)
@@ -148,7 +156,10 @@ HF = {
 
 @pytest.mark.parametrize("what", HF)
 def test_models_that_read_their_layers_weights_get_dense_gradients(what):
-    """WavLM's attention, Mamba's dt_proj, DeBERTa-v2's rel_embeddings and two masked language models."""
+    """WavLM's attention, Mamba's dt_proj, DeBERTa-v2's rel_embeddings, two masked models.
+
+    The last two are masked language models.
+    """
     name, options, only, kind = HF[what]
     model = hf(name, **options).double()
     batch = tokens(kind)
@@ -165,7 +176,10 @@ def test_models_that_read_their_layers_weights_get_dense_gradients(what):
 
 
 def fused(model, batch):
-    """What TRL's trainers do: the head's weight times the hidden states, with no call of `lm_head`."""
+    """What TRL's trainers do: the head's weight times the hidden states.
+
+    There is no call of `lm_head`.
+    """
     hidden = model.model(batch["input_ids"]).last_hidden_state[:, :-1]
     logits = hidden @ model.lm_head.weight.T
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
@@ -173,7 +187,10 @@ def fused(model, batch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fused_head_trains_tied_and_untied_embeddings(tied):
-    """huggingface/trl multiplies by `lm_head.weight` itself; tied embeddings got half of their gradient."""
+    """huggingface/trl multiplies by `lm_head.weight` itself.
+
+    Tied embeddings got half of their gradient.
+    """
     model = llama(tie_word_embeddings=tied).double()
     assert_gradients_agree(model, some_of_each(model), tokens(), fused)
 

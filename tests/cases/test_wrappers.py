@@ -84,7 +84,10 @@ def alone():
 
 @pytest.mark.parametrize("when", ["before masking", "inside masking"])
 def test_a_model_in_distributed_data_parallel(alone, when):
-    """`model = DDP(model)` comes first in most scripts: names and results without `module.`, or refused."""
+    """`model = DDP(model)` comes first in most scripts.
+
+    Names and results are without `module.`, or it is refused.
+    """
     model, plain, ddp = mlp(), mlp(), nn.parallel.DistributedDataParallel
     selection = some_of_each(plain)
     with sl.masked(plain, selection, head=()) as tuning:
@@ -121,7 +124,7 @@ def test_data_parallel_is_refused():
 
 
 def test_replicas_of_data_parallel_made_inside_are_refused():
-    """Trainer wraps a model in DataParallel by itself if it sees two GPUs: what a replica is given."""
+    """Trainer wraps a model in DataParallel if it sees two GPUs: what a replica is given."""
     model = mlp()
     with sl.masked(model, some_of_each(model), head=()):
         replica = model[0]._replicate_for_data_parallel()
@@ -162,7 +165,10 @@ def shard(model, style):
 
 @pytest.mark.parametrize("kind", ["compact", "LoRA"])
 def test_a_changed_model_is_pickled_or_says_what_to_do(tmp_path, kind):
-    """`torch.save(model)`, `multiprocessing` with spawn: `Can't pickle MaskedLinear: attribute lookup failed`."""
+    """`torch.save(model)`, `multiprocessing` with spawn.
+
+    The error was `Can't pickle MaskedLinear: attribute lookup failed`.
+    """
     model, x = mlp(), vectors()["x"]
     if kind == "LoRA":
         sl.add_adapters(model, ("0.weight",), kind="lora", rank=2)
@@ -184,7 +190,7 @@ def test_a_changed_model_is_pickled_or_says_what_to_do(tmp_path, kind):
 
 
 def test_a_copy_made_inside_is_a_model_of_its_own():
-    """`best = copy.deepcopy(model)` for early stopping: it keeps its values when training goes on."""
+    """`best = copy.deepcopy(model)` for early stopping: it keeps its values in further training."""
     model, x = bert(), batch()
     with sl.masked(model, some_of_each(model, head=None)) as tuning:
         parameters = [*tuning.parameters(), *tuning.dense_parameters()]
@@ -198,7 +204,10 @@ def test_a_copy_made_inside_is_a_model_of_its_own():
 
 
 def test_the_state_of_a_model_in_masked_training_loads_into_an_ordinary_one():
-    """`torch.save(model.state_dict())` in a user's own loop: the values of now, under the model's own keys."""
+    """`torch.save(model.state_dict())` in a user's own loop.
+
+    It has the values of now, under the model's own keys.
+    """
     model, ordinary = bert(), bert()
     with sl.masked(model, some_of_each(model, head=None)) as tuning:
         train(model, [*tuning.parameters(), *tuning.dense_parameters()], batch())
@@ -245,7 +254,7 @@ def test_an_export_inside_masked_training_is_right_or_refused(how):
 
 
 def test_torch_func_inside_masked_training_is_right_or_refused():
-    """functional_call with the parameters of the model, as meta-learning and ensembling code does."""
+    """functional_call with the model's parameters, as meta-learning and ensembling code does."""
     model, x = mlp().double(), vectors()["x"].double()
     with sl.masked(model, some_of_each(model), head=()) as tuning:
         own = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -266,7 +275,7 @@ def test_torch_func_inside_masked_training_is_right_or_refused():
 
 
 def test_a_base_that_is_offloaded_is_refused():
-    """`device_map="auto"` left layers on the disk or in main memory: they are on the meta device."""
+    """`device_map="auto"` left layers on the disk or in main memory: on the meta device."""
     accelerate = pytest.importorskip("accelerate")
     model, selection = bert(), some_of_each(bert())
     accelerate.cpu_offload(model, execution_device="cpu")
@@ -316,7 +325,7 @@ class Integers(Quantized):
 
 @pytest.mark.parametrize("kind", [Quantized, Integers])
 def test_a_quantized_base_trains_what_floats_remain(kind, path):
-    """QLoRA's base: norms, biases and embeddings are floats still; the integers are no candidates."""
+    """QLoRA's base: norms, biases, embeddings are floats still; integers are no candidates."""
     model, fresh = bert(), bert()
     for each in (model, fresh):
         for layer in each.bert.encoder.layer:

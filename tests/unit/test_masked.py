@@ -1,4 +1,7 @@
-"""Masked training: only what is selected moves, as a dense masked optimizer would move it, and the model comes back."""
+"""Masked training: only what is selected moves, and the model comes back.
+
+It moves as a dense masked optimizer would move it.
+"""
 
 import copy
 import gc
@@ -64,9 +67,8 @@ TRAININGS = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing_enable`:FutureWarning"
-)  # its new name is too new
+# its new name is too new
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize(
     ("kind", "training"),
     [
@@ -134,7 +136,10 @@ def test_a_bfloat16_model_trains_in_float32_and_keeps_its_unselected_bits(build,
 
 
 class DenseMasked:
-    """The naive form, made exact: a dense optimizer on masked gradients, and unselected weights put back each step."""
+    """The naive form, made exact: a dense optimizer on masked gradients.
+
+    Unselected weights are put back after each step.
+    """
 
     def __init__(self, model, selection, make):
         self.model = model
@@ -239,7 +244,10 @@ def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick,
 
 
 class Created(TorchDispatchMode):
-    """Counts the entries of every tensor that an operation creates; views of a parameter are not created."""
+    """Counts the entries of every tensor that an operation creates.
+
+    Views of a parameter are not created.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -278,9 +286,8 @@ def test_no_dense_gradient_of_a_selected_matrix_exists_at_any_moment(
     build, batches, pick, kind, matrices
 ):
     model = build(kind).train()
-    (batch,) = batches(
-        kind, 1, size=8
-    )  # of 8 * 4 tokens: no activation has as many entries as one of these matrices
+    # of 8 * 4 tokens: no activation has as many entries as one of these matrices
+    (batch,) = batches(kind, 1, size=8)
     batch = {key: value[:, :4] if value.dim() > 1 else value for key, value in batch.items()}
     sizes = {name: model.get_parameter(name).numel() for name in matrices}
     assert sizes == matrices
@@ -359,7 +366,8 @@ def test_a_training_lives_as_long_as_its_model_and_a_copy_has_none(build, pick):
     sl.masked(model, pick(model))  # nobody holds it
     training, gone = training_of(model), weakref.ref(model)
     assert not training.closed
-    assert training_of(copy.deepcopy(model)) is training_of(pickle.loads(pickle.dumps(model))) is None
+    copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert training_of(copied) is training_of(loaded) is None
     del model, training
     gc.collect()
     assert gone() is None
@@ -938,9 +946,8 @@ def test_shrinking_equals_a_dense_loop_whose_mask_shrinks(build, batches, pick):
             for name, index in selection.indices.items():
                 masks[name].view(-1)[index[~half(len(index))]] = False
                 state = dense.state[reference.get_parameter(name)]
-                state["exp_avg"] *= masks[
-                    name
-                ]  # or the momentum of dropped weights would move them on
+                # or the momentum of dropped weights would move them on
+                state["exp_avg"] *= masks[name]
         for net, opt in ((model, optimizer), (reference, dense)):
             opt.zero_grad()
             net(**batch).loss.backward()
@@ -963,11 +970,11 @@ def test_shrinking_after_a_step_of_fit(build, batches, pick):
     at_drop, steps = [], []
     with sl.masked(model, selection, shrinks=True, head=()) as training:
 
-        def after_step(progress, optimizer):
-            steps.append(progress)
+        def after_step(step):
+            steps.append(step)
             if len(steps) == 2:
                 at_drop.extend(p.detach().clone() for p in training.parameters())
-                training.shrink(keep, optimizer)
+                training.shrink(keep, step.optimizer)
 
         groups = [{"params": training.parameters(), "lr": 0.01, "schedule": sl.constant}]
         sl.fit(model, [sl.Phase("shrinks", groups, 1, after_step=after_step)], data)
