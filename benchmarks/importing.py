@@ -1,4 +1,7 @@
-"""Benchmark: what `import selective_lite` costs beyond `import torch`, in fresh processes, interleaved; medians."""
+"""Benchmark: what `import selective_lite` costs beyond `import torch`.
+
+Every import is in a fresh process, the two interleaved; medians are given.
+"""
 
 from __future__ import annotations
 

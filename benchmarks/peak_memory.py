@@ -1,4 +1,7 @@
-"""Benchmark: peak memory of training steps of SmolLM2-135M over the loaded model, each way in a fresh process."""
+"""Benchmark: peak memory of training steps of SmolLM2-135M over the loaded model.
+
+Each way of training is measured in a fresh process.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ ROOTS = [
 
 
 def measure(config: Mapping[str, Any]) -> results.Row:
-    """Train some steps: the peak over what the loaded model takes, and the bytes that are held, by kind."""
+    """Train some steps: the peak over the loaded model, and the bytes that are held, by kind."""
     torch.manual_seed(0)
     model, _ = load_language_model(config["model"])
     place = next(model.parameters()).device
@@ -75,5 +78,6 @@ if __name__ == "__main__":
             row["bytes"][kind] / 2**20 for kind in ("peak over it", "gradients", "optimizer")
         )
         print(
-            f"{row['config']['way']:16} {row['trained']:12,} {over:20,.0f} {gradients:10,.1f} {state:10,.1f}"
+            f"{row['config']['way']:16} {row['trained']:12,} {over:20,.0f}"
+            f" {gradients:10,.1f} {state:10,.1f}"
         )

@@ -15,9 +15,8 @@ import torch
 
 def fresh(job: Callable[[Any], Any], argument: Any) -> Any:
     """What `job(argument)` gives in a process that has done nothing else."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
-        1 << 22
-    )  # glibc then gives a freed tensor's pages back at once
+    # glibc then gives a freed tensor's pages back at once
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 22)
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as process:
         return process.submit(job, argument).result()
 

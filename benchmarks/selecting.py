@@ -1,4 +1,7 @@
-"""Benchmark: selecting from up to 10^9 scores that are made tensor by tensor: seconds, and peak memory beside them."""
+"""Benchmark: selecting from up to 10^9 scores: seconds, and peak memory beside the scores.
+
+The scores are made tensor by tensor.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ ROOTS = ["selection.py:select"]
 
 
 class Drawn(Mapping[str, Tensor]):
-    """Squares of normal numbers, like those of gradients, in equal tensors; one is drawn each time it is asked for."""
+    """Squares of normal numbers, like those of gradients, in equal tensors.
+
+    A tensor is drawn each time it is asked for.
+    """
 
     def __init__(self, scores: int, tensors: int, seed: int) -> None:
         self.size, self.seed = scores // tensors, seed
@@ -45,10 +51,12 @@ class Drawn(Mapping[str, Tensor]):
 
 
 def measure(config: Mapping[str, Any]) -> results.Row:
-    """Select once: seconds with and without the making of scores, and bytes beside the result and one tensor."""
-    sl.select(
-        Drawn(10**5, 2, config["seed"]), config["budget"]
-    )  # the first call brings code into memory
+    """Select once: seconds with and without making scores, and bytes beside what must be held.
+
+    What must be held is the result and one tensor of scores.
+    """
+    # the first call brings code into memory
+    sl.select(Drawn(10**5, 2, config["seed"]), config["budget"])
     scores = Drawn(config["scores"], config["tensors"], config["seed"])
     before, start = resident(), time.perf_counter()
     selection = sl.select(scores, config["budget"])
@@ -74,11 +82,13 @@ def run(config: Mapping[str, Any]) -> results.Row:
 if __name__ == "__main__":
     rows = results.run_missing("selecting", CONFIGS, run, lambda config: ROOTS)
     print(
-        f"{'scores':>13} {'budget':>7} {'selected':>9} {'selecting':>10} {'making':>8} {'extra MB':>8} {'of scores':>9}"
+        f"{'scores':>13} {'budget':>7} {'selected':>9} {'selecting':>10} {'making':>8}"
+        f" {'extra MB':>8} {'of scores':>9}"
     )
     for row in rows:
         print(
             f"{row['config']['scores']:13,} {row['config']['budget']:7.2%} {row['selected']:9,}"
-            f" {row['seconds_selecting']:8.2f} s {row['seconds_making']:6.2f} s {row['bytes']['extra'] / 1e6:8.1f}"
+            f" {row['seconds_selecting']:8.2f} s {row['seconds_making']:6.2f} s"
+            f" {row['bytes']['extra'] / 1e6:8.1f}"
             f" {row['extra_over_scores']:9.2%}"
         )

@@ -1,4 +1,4 @@
-"""Targets: what was asked of speed and size, what the rows in `results/` say, and whether it is reached."""
+"""Targets: what was asked of speed and size, what `results/` says, and whether it is reached."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def delta() -> Iterator[Line]:
 
 
 def peak_memory() -> Iterator[Line]:
-    """Peak memory of a step of SmolLM2-135M over the loaded model, against that of other ways, in fresh processes."""
+    """Peak memory of a step of SmolLM2-135M over the loaded model, against that of other ways."""
     peaks = {
         row["config"]["way"]: row["bytes"]["peak over it"] for row in results.read("peak_memory")
     }
@@ -80,9 +80,8 @@ def importing() -> Iterator[Line]:
 if __name__ == "__main__":
     for measure in (masked_step, peak_memory, delta, selecting, importing):
         rows = results.read(measure.__name__)
-        print(
-            f"{measure.__doc__} On {', '.join(sorted({row['device'] for row in rows})) or 'nothing yet'}."
-        )
+        devices = ", ".join(sorted({row["device"] for row in rows}))
+        print(f"{measure.__doc__} On {devices or 'nothing yet'}.")
         for what, measured, limit, unit in measure():
             reached = "reached" if measured <= limit else "NOT REACHED"
             print(f"  {what:48} {measured:8.2f} <= {limit:5.2f} {unit:14} {reached}")

@@ -1,4 +1,6 @@
-"""A pretended accelerator: its tensors keep their numbers on the CPU, and refuse to meet tensors that are there.
+"""A pretended accelerator: its tensors refuse to meet tensors that are on the CPU.
+
+They keep their numbers there all the same.
 
 CI has no GPU. On this one a tensor that was made on the wrong device, or was left on the CPU, fails
 as on a real one.
@@ -23,12 +25,8 @@ from torch.utils.backend_registration import (
 NAME = "pretended"
 aten = torch.ops.aten
 MOVES = {aten.copy_, aten._to_copy}  # from device to device
-INDEXES = {
-    aten.index,
-    aten.index_put,
-    aten.index_put_,
-    aten._index_put_impl_,
-}  # positions may lie on the CPU
+# positions may lie on the CPU
+INDEXES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Repair what the stock pages get wrong: scripts, the language of Chinese terms, ARIA roles, ids, docstrings."""
+"""Repair what the stock pages get wrong.
+
+Scripts, the language of Chinese terms, ARIA roles, ids, and docstrings.
+"""
 
 import re
 from typing import Any
@@ -11,7 +14,7 @@ HAN = re.compile(r"([\u3400-\u9fff][\u3000-\u303f\u3400-\u9fff\uff00-\uffef]*)")
 
 
 class MarkChinese(SphinxPostTransform):
-    """Wrap each run of Chinese in ``<span lang="zh">``, so that it is pronounced and set in Chinese."""
+    """Wrap each run of Chinese in ``<span lang="zh">``: it is pronounced and set in Chinese."""
 
     default_priority = 900
 
@@ -36,7 +39,10 @@ class MarkChinese(SphinxPostTransform):
 def keep_scripts_once(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
-    """Drop thebe (it would load from a network) and inline scripts listed twice (a second ``let`` is an error)."""
+    """Drop thebe and inline scripts that are listed twice.
+
+    Thebe would load from a network; a second ``let`` of the same name is an error.
+    """
     seen: set[str] = set()
     kept = []
     for script in context.get("script_files", []):
@@ -50,9 +56,11 @@ def keep_scripts_once(
 
 # what docutils, myst-nb and sphinx-exercise write -> what browsers and screen readers need
 MARKUP = {
-    'role="doc-biblioentry"': 'role="listitem"',  # ARIA has withdrawn the former, and a list holds items
+    # ARIA has withdrawn the former, and a list holds items
+    'role="doc-biblioentry"': 'role="listitem"',
     '<summary aria-label="Toggle hidden content">': "<summary>",  # the words in it say more
-    '<section id="exercise-content">': "<section>",  # one id for all exercises, and nothing links to it
+    # one id for all exercises, and nothing links to it
+    '<section id="exercise-content">': "<section>",
     '<section id="solution-content">': "<section>",
 }
 
@@ -66,7 +74,10 @@ def correct_markup(
 
 
 def keep_bars(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Let docstrings write an absolute value as ``|w|``, which reStructuredText takes for a substitution."""
+    """Let docstrings write an absolute value as ``|w|``.
+
+    reStructuredText would take that for a substitution.
+    """
     for number, line in enumerate(lines):
         parts = line.split("``")
         lines[number] = "``".join(

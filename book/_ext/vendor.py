@@ -3,7 +3,9 @@
 ``npm ci --prefix book`` has checked every package against the hashes of ``package-lock.json``
 before this runs.
 
-    python book/_ext/vendor.py FOLDER      # FOLDER: the ``_assets/vendor`` of the tree that Sphinx will read
+    python book/_ext/vendor.py FOLDER
+
+FOLDER is the ``_assets/vendor`` of the tree that Sphinx will read.
 """
 
 import argparse
@@ -77,6 +79,5 @@ if __name__ == "__main__":
         written = vendor(parser.parse_args().destination)
     except FileNotFoundError as error:
         sys.exit(str(error))
-    print(
-        f"vendored {len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB"
-    )
+    size = sum(path.stat().st_size for path in written)
+    print(f"vendored {len(written)} files, {size / 1e6:.1f} MB")

@@ -32,10 +32,8 @@ def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -
         The model in evaluation mode, float32, on `device`.
     """
     place = str(asset(source)) if source in ASSETS else source
-    with (
-        _quiet(),
-        torch.random.fork_rng(devices=[]),
-    ):  # the head is new, as it should be: no warning of missing keys
+    # the head is new, as it should be: no warning of missing keys
+    with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             place, num_labels=labels, dtype=torch.float32

@@ -89,9 +89,8 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     config = {
         "peft_type": "SHIRA",
         "r": r,
-        "target_modules": "|".join(
-            sorted(re.escape(path) for path, _ in layers.values())
-        ),  # a list would match ends of paths
+        # a list would match ends of paths
+        "target_modules": "|".join(sorted(re.escape(path) for path, _ in layers.values())),
         "modules_to_save": heads or None,
         "inference_mode": True,
     }

@@ -38,9 +38,8 @@ def unpack(stream: Tensor, counts: Sequence[int]) -> list[Tensor]:
     size = WIDTH * sum(counts)
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
     try:
-        planes = decoder.decompress(
-            stream.numpy().tobytes(), max_length=size + 1
-        )  # one more, to see the end
+        # one more, to see the end
+        planes = decoder.decompress(stream.numpy().tobytes(), max_length=size + 1)
     except lzma.LZMAError as error:
         raise ValueError(f"the stream of gaps is damaged: {error}") from None
     if len(planes) != size or not decoder.eof or decoder.unused_data:

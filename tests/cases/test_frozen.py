@@ -1,4 +1,7 @@
-"""What the model or its user froze stays frozen: huggingface/transformers#25989, haotian-liu/LLaVA#1647."""
+"""What the model or its user froze stays frozen.
+
+huggingface/transformers#25989, haotian-liu/LLaVA#1647.
+"""
 
 import pytest
 import torch
@@ -100,7 +103,10 @@ def test_frozen_layers_stay_bit_identical_under_every_method(method):
 
 
 def test_a_model_that_is_frozen_as_a_whole_is_trained_all_the_same():
-    """`model.requires_grad_(False)` as before peft: then nothing could be meant but that all are candidates."""
+    """`model.requires_grad_(False)` as before peft: all are candidates.
+
+    Nothing else could have been meant.
+    """
     model = bert().requires_grad_(False)
     before, selection = sl.snapshot(model), sl.select(sl.squared_gradient(model, [batch()]), 0.02)
     sl.fit(model, sl.fixed_mask(model, selection, lr=1e-2, epochs=2), [batch()])

@@ -78,9 +78,8 @@ def check(golden, mode, w, b):
 
 @pytest.fixture
 def stored_draws(golden, monkeypatch):
-    pairs = zip(
-        golden["F/bernoulli_b"], golden["F/bernoulli_w"], strict=True
-    )  # a module's own parameters come first
+    # a module's own parameters come first
+    pairs = zip(golden["F/bernoulli_b"], golden["F/bernoulli_w"], strict=True)
     draws = iter([one for pair in pairs for one in pair])
     monkeypatch.setattr(module, "draw", lambda shape, p, generator: next(draws).bool())
 

@@ -1,4 +1,7 @@
-"""Hard-Concrete gates against the numbers of the authors' code (Louizos et al. 2018), values and gradients."""
+"""Hard-Concrete gates against the numbers of the authors' code, values and gradients.
+
+The paper is Louizos et al. 2018.
+"""
 
 from pathlib import Path
 

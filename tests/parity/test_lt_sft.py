@@ -114,9 +114,8 @@ def test_the_l1_penalty_is_the_mean_distance_from_the_pretrained_weights():
     assert seen[0] == 0.0
     assert seen[1] == pytest.approx(expected[0])
     assert seen[3] == pytest.approx(expected[2])
-    assert seen[4] == pytest.approx(
-        expected[3]
-    )  # the second dense phase begins where the first masked one ended
+    # the second dense phase begins where the first masked one ended
+    assert seen[4] == pytest.approx(expected[3])
     assert seen[5] == pytest.approx(expected[4])
     assert min(seen[i] for i in (1, 3, 4, 5)) > 0
 

@@ -109,9 +109,8 @@ def test_five_steps_with_a_reselection_after_the_second(golden, facts, model, ru
     norm = LAMBDA[run] * float(golden["nuclear_norm_0.weight"])
     assert records[0]["penalty"] == pytest.approx(norm, rel=1e-5)
     for name, gradient in zip(NAMES, gradients[0], strict=True):
-        expected = golden[f"{run}/grad1/{name}"][
-            golden[f"mask0/{name}"]
-        ]  # the task's: theirs is before the penalty
+        # the task's: theirs is before the penalty
+        expected = golden[f"{run}/grad1/{name}"][golden[f"mask0/{name}"]]
         if name == "0.weight":
             expected = (
                 expected

@@ -1,4 +1,4 @@
-"""Tiny models drawn from a seed, batches for them, and a selection: what the unit tests stand on."""
+"""What the unit tests stand on: tiny models drawn from a seed, batches, and a selection."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,10 @@ torch.set_num_threads(1)  # the tensors are tiny: a second thread would cost mor
 
 
 class Toy(nn.Module):
-    """An embedding, two linear layers with a norm and dropout between them, and a classifier; called as BERT is."""
+    """An embedding, two linear layers and a classifier; called as BERT is.
+
+    Between the linear layers are a norm and dropout.
+    """
 
     def __init__(self):
         super().__init__()
@@ -92,14 +95,18 @@ BUILDERS = {
     "bert_tied": lambda: _bert("bert_tied"),
     "llama": _llama,  # input and output embeddings are tied, two query heads share a key head
     "gpt2": _gpt2,  # Conv1D, tied
-    "vit": _vit,  # its embeddings are a convolution and bare parameters, of which no part can be masked
+    # Its embeddings are a convolution and bare parameters, of which no part can be masked.
+    "vit": _vit,
 }
 CLASSIFIERS = ("toy", "bert")
 
 
 @pytest.fixture(scope="session")
 def build():
-    """build(kind, seed=0) -> a fresh tiny model in evaluation mode; the same weights for the same seed."""
+    """build(kind, seed=0) -> a fresh tiny model in evaluation mode.
+
+    The same seed gives the same weights.
+    """
 
     def make(kind, seed=0):
         with torch.random.fork_rng():
@@ -111,7 +118,10 @@ def build():
 
 @pytest.fixture(scope="session")
 def batches():
-    """batches(kind, count, size=3, device="cpu") -> batches: token ids without padding (or images), and labels."""
+    """batches(kind, count, size=3, device="cpu") -> batches: inputs, and labels.
+
+    The inputs are token ids without padding, or images.
+    """
 
     def make(kind, count, size=3, device="cpu"):
         return [
@@ -140,7 +150,10 @@ def batches():
 
 @pytest.fixture(scope="session")
 def pick():
-    """pick(model, per_tensor=3, seed=0) -> a selection of some random weights in every candidate tensor."""
+    """pick(model, per_tensor=3, seed=0) -> a selection.
+
+    It has some random weights of every candidate tensor.
+    """
 
     def make(model, per_tensor=3, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -156,7 +169,10 @@ def pick():
 
 @pytest.fixture
 def meta_default():
-    """Make `meta` the default device: a tensor that a function forgets to place then holds no numbers."""
+    """Make `meta` the default device.
+
+    A tensor that a function forgets to place then holds no numbers.
+    """
     torch.set_default_device("meta")
     yield
     torch.set_default_device(None)

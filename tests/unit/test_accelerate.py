@@ -1,4 +1,4 @@
-"""Masked training under `accelerate`: the plain loop's weights, and a state that is saved and loaded."""
+"""Masked training under `accelerate`: the plain loop's weights; state is saved and loaded."""
 
 import pytest
 import torch

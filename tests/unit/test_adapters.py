@@ -1,4 +1,7 @@
-"""Small modules: they start as nothing, compute their formula, live beside masked training, and come out or merge."""
+"""Small modules: they start as nothing, compute their formula, and come out or merge.
+
+They live beside masked training.
+"""
 
 import copy
 

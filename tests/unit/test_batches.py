@@ -1,4 +1,4 @@
-"""Batches: samples are told apart or the odd tensor is named, and a loss that is missing is said."""
+"""Batches: samples are told apart or the odd tensor is named; a missing loss is said."""
 
 import pytest
 import torch

@@ -76,9 +76,8 @@ def test_a_part_is_a_whole_dotted_part_of_a_name(build):
     assert list(bitfit(model, ("attention.output.dense",)).indices) == [
         f"{layer}.attention.output.dense.bias" for layer in layers
     ]
-    assert (
-        len(bitfit(model, ("output.dense",)).indices) == 4
-    )  # in the attention blocks too, as in the authors' code
+    # in the attention blocks too, as in the authors' code
+    assert len(bitfit(model, ("output.dense",)).indices) == 4
     assert list(bitfit(model, "pooler").indices) == ["bert.pooler.dense.bias"]
     with pytest.raises(ValueError, match="parts='quer' is in no bias's name"):
         bitfit(model, ("pooler", "quer"))

@@ -44,9 +44,8 @@ def test_f_keeps_a_share_p_of_every_gradient_times_one_over_p_and_the_head_s_too
             kept += int(chosen[gradient != 0].sum())
             total += int((gradient != 0).sum())
             head += int((~chosen[gradient != 0]).sum()) if name.startswith("classifier") else 0
-    assert kept / total == pytest.approx(
-        p, abs=0.02
-    )  # of some 14,000 draws: five standard deviations
+    # of some 14,000 draws: five standard deviations
+    assert kept / total == pytest.approx(p, abs=0.02)
     assert head > 0
 
 

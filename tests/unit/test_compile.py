@@ -8,7 +8,10 @@ import selective_lite as sl
 
 
 def losses(model, data, parameters, backend):
-    """Train some steps with a compiled forward; the losses, and how many graphs and breaks the compiler counted."""
+    """Train some steps with a compiled forward: the losses, and the compiler's counts.
+
+    It counts graphs and breaks.
+    """
     torch._dynamo.reset()
     counters.clear()
     found = []
@@ -24,9 +27,8 @@ def losses(model, data, parameters, backend):
     return found, (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning"
-)  # the compiler's own
+# the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("kind", "graphs"), [("bert_tied", (1, 0)), ("llama", (1, 0)), ("gpt2", None)]
 )

@@ -254,9 +254,8 @@ def header_length(content):
 def test_one_flipped_byte_anywhere_is_noticed(path):
     content = path.read_bytes()
     start = 8 + header_length(content)
-    text = content[8:start].rstrip(
-        b" "
-    )  # behind it the header is padded with spaces, which carry nothing
+    # behind it the header is padded with spaces, which carry nothing
+    text = content[8:start].rstrip(b" ")
     assert len(content) > start + 1000
     places = [
         *range(8),

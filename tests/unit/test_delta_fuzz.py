@@ -279,6 +279,5 @@ def test_a_damaged_file_is_refused_or_is_the_delta_that_was_saved(content, delta
 def test_a_forged_file_is_refused_or_leaves_no_trace(content, tmp_path, traced):
     rng, model = random.Random(1), net()
     found = [refused(tmp_path / "file", forge(content, rng), model, None) for _ in range(FORGED)]
-    assert (
-        0.7 * FORGED < sum(found) < FORGED
-    )  # some forgeries are deltas: other values, or another method
+    # some forgeries are deltas: other values, or another method
+    assert 0.7 * FORGED < sum(found) < FORGED

@@ -158,16 +158,14 @@ def test_the_product_has_the_limits_that_the_sum_lacks(build):
     for relaxed in (product, added):
         with torch.no_grad():
             relaxed.log_alpha_group.fill_(1e4)
-    assert product.expected_l0().item() == pytest.approx(
-        elementwise, rel=1e-6
-    )  # groups open: unstructured
+    # groups open: unstructured
+    assert product.expected_l0().item() == pytest.approx(elementwise, rel=1e-6)
     for relaxed in (product, added):
         with torch.no_grad():
             relaxed.log_alpha_group.fill_(-1e4)
     assert product.expected_l0().item() == 0.0  # groups closed: nothing is open
-    assert added.expected_l0().item() == pytest.approx(
-        elementwise, rel=1e-6
-    )  # and the sum still counts all
+    # and the sum still counts all
+    assert added.expected_l0().item() == pytest.approx(elementwise, rel=1e-6)
     assert all(not delta.any() for delta in product.eval().differences().values())
 
 

@@ -19,10 +19,8 @@ def test_the_score_uses_the_first_samples_and_no_others(build, batches):
             score(model, four),
         )
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    every, all_of_them = (
-        fisher_information(model, data),
-        sl.squared_gradient(model, data),
-    )  # 12 are fewer than 1,024
+    # 12 are fewer than 1,024
+    every, all_of_them = fisher_information(model, data), sl.squared_gradient(model, data)
     assert all(torch.equal(every[name], all_of_them[name]) for name in every)
 
     def endless():

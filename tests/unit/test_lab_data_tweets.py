@@ -43,11 +43,8 @@ def test_a_text_costs_the_logarithm_of_its_probability():
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     probability = table.softmax(-1)
-    texts = (
-        (1, 2, 3),
-        (1, 4),
-        (1, 0, 0, 2),
-    )  # 0 is padding too, and a token like any other where it is no padding
+    # 0 is padding too, and a token like any other where it is no padding
+    texts = (1, 2, 3), (1, 4), (1, 0, 0, 2)
     cost, tokens = bits(Table(table), split(*texts), batch_size=2)
     expected = [math.prod(float(probability[a, b]) for a, b in pairwise(t)) for t in texts]
     assert cost.tolist() == pytest.approx([-math.log2(p) for p in expected], rel=1e-6)

@@ -34,9 +34,8 @@ def test_a_shipped_file_is_its_row_s_and_answers_as_recorded(task):
         part[:] = [part[i] for i in some]
     with delta.apply(model):
         found = evaluate(model, test)["correct"]
-    assert (
-        found == recorded
-    ).float().mean() > 0.99  # an answer on the fence may turn with the machine
+    # an answer on the fence may turn with the machine
+    assert (found == recorded).float().mean() > 0.99
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -80,7 +80,10 @@ OPTIMIZERS = {
 
 
 def selected(model):
-    """A third of the linear weights and of all vectors, but one matrix whole and two rows of another."""
+    """A third of the linear weights and of all vectors.
+
+    But of one matrix all, and of another two rows.
+    """
     linear = sl.linear_weights(model)
     scores = {
         name: s for name, s in sl.random_scores(model, 0).items() if name in linear or s.dim() == 1
@@ -92,7 +95,10 @@ def selected(model):
 
 
 def set_up(model, way, optimizer):
-    """What is predicted for a way of training, and what is then trained: a module to call, set up in the model."""
+    """What is predicted for a way of training, and what is then trained.
+
+    The latter is a module to call, set up in the model.
+    """
     head = tuple(sl.head_weights(model))
     if way == "full":
         return sl.predicted_ledger(model, optimizer=optimizer), model

@@ -220,9 +220,8 @@ def test_an_encoder_decoder_trains_from_end_to_end():
         model, lt_sft(model, 0.05, **RATES), [{"input_ids": ids, "labels": ids}]
     )
     selection = found[-1]["phase"].selection
-    assert any(
-        "embed_positions" in name for name in selection.indices
-    )  # subclasses of nn.Embedding
+    # subclasses of nn.Embedding
+    assert any("embed_positions" in name for name in selection.indices)
     assert any("shared" in name for name in selection.indices)
     masks = selection.masks()
     for name, p in sl.weights(model).items():

@@ -1,4 +1,4 @@
-"""Masked training in two processes: both end with the weights that one process with the whole batch ends with."""
+"""Masked training in two processes: both end as one process with the whole batch does."""
 
 import os
 import subprocess
@@ -33,7 +33,8 @@ mine = ids[:, rank * 8 // world : (rank + 1) * 8 // world]
 selection = sl.select(sl.random_scores(model, 0), 30)
 with sl.masked(model, selection) as training:
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+        meet = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     called = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(training.parameters(), lr=0.05, weight_decay=0.1)
     for step in range(4):
@@ -42,7 +43,8 @@ with sl.masked(model, selection) as training:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-torch.save({"before": before, "after": sl.snapshot(model), "masks": selection.masks()}, f"{folder}/{world}-{rank}.pt")
+found = {"before": before, "after": sl.snapshot(model), "masks": selection.masks()}
+torch.save(found, f"{folder}/{world}-{rank}.pt")
 if world > 1:
     dist.destroy_process_group()
 """

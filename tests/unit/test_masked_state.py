@@ -1,4 +1,7 @@
-"""The state of a model in masked training is the ordinary model's, with the values that were trained last."""
+"""The state of a model in masked training is the ordinary model's.
+
+Its values are those that were trained last.
+"""
 
 import pytest
 import torch

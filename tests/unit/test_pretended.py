@@ -1,4 +1,7 @@
-"""The pretended accelerator does as a GPU does; where there is a GPU, this is a test of what it pretends."""
+"""The pretended accelerator does as a GPU does.
+
+Where there is a GPU, this is a test of what it pretends.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The files that describe the project agree with each other, with the environment and with the README."""
+"""The files about the project agree with each other, the environment and the README."""
 
 import re
 import subprocess
@@ -54,7 +54,10 @@ def lock():
 
 
 def closure(requirements):
-    """The names of all packages that these requirements bring in, as the installed packages declare them."""
+    """The names of all packages that these requirements bring in.
+
+    The installed packages declare them.
+    """
     found, waiting = set(), list(requirements)
     while waiting:
         requirement = waiting.pop()

@@ -217,9 +217,8 @@ def sized(count, one, other, path):
         int((one.candidates[n].reshape(-1)[i] != one.base[n].reshape(-1)[i]).sum())
         for n, i in one.selection.indices.items()
     )
-    assert (
-        moved > 0.5 * one.selection.count
-    )  # not all of them: a word may not occur, a step be lost in bfloat16
+    # not all of them: a word may not occur, a step be lost in bfloat16
+    assert moved > 0.5 * one.selection.count
     assert not any(torch.equal(p, one.base[n]) for n, p in one.head.items())
 
 

@@ -261,9 +261,8 @@ def test_a_reselection_behind_the_phase_s_end_raises_before_the_first_step(
 
 
 def test_a_tensor_may_lose_all_its_weights_and_training_goes_on(build, batches):
-    model = build(
-        "bert"
-    )  # its biases start at zero: at a large rate they all grow over a small threshold
+    # its biases start at zero: at a large rate they all grow over a small threshold
+    model = build("bert")
     method = sara(
         model, threshold=5e-3, epochs=2, lr=4e-3, lam=0.0, reselect=2, schedule=sl.constant
     )

@@ -207,9 +207,8 @@ def test_true_fisher_converges_to_the_expectation_over_the_model_s_own_labels(bu
     found = sl.squared_gradient(model, [many], labels="model", seed=1)["second.weight"] / 600
     assert (found / expected["second.weight"] - 1).abs().median() < 0.1
     observed = sl.squared_gradient(model, [batch])["second.weight"]
-    assert (
-        observed / expected["second.weight"] - 1
-    ).abs().median() > 0.2  # the given label is another score
+    # the given label is another score
+    assert (observed / expected["second.weight"] - 1).abs().median() > 0.2
 
 
 def test_true_fisher_is_a_function_of_its_seed_and_ignores_the_given_labels(build, batches):
@@ -389,9 +388,8 @@ def test_an_unknown_option_is_named(build, batches, call, message):
 
 def test_a_half_precision_model_is_scored_in_float32(build, batches):
     model = build("toy").bfloat16()
-    data = (
-        batches("toy", 1, size=1) * 600
-    )  # bfloat16 has eight bits: a sum of 600 equal terms would stop at 256
+    # bfloat16 has eight bits: a sum of 600 equal terms would stop at 256
+    data = batches("toy", 1, size=1) * 600
     one = sl.squared_gradient(model, data[:1])["second.weight"]
     assert one.dtype == torch.float32
     torch.testing.assert_close(

@@ -1,4 +1,7 @@
-"""Selection: exactly k, the same indices for the same scores, and controls that control one thing each."""
+"""Selection: exactly k, the same indices for the same scores.
+
+Each control controls one thing.
+"""
 
 import sys
 import weakref
@@ -19,7 +22,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def stable_sort(scores, k, largest):
-    """What `select` promises, by sorting Python numbers: score first, then tensor order, then position."""
+    """What `select` promises, by sorting Python numbers.
+
+    Score first, then tensor order, then position.
+    """
     flat = [
         (value, number, position)
         for number, score in enumerate(scores.values())
@@ -34,7 +40,7 @@ def stable_sort(scores, k, largest):
 
 
 class Made(Mapping):
-    """Scores that are made when they are asked for; it counts how often, and how many live at once."""
+    """Scores that are made when asked for; it counts how often, and how many live at once."""
 
     def __init__(self, make, names):
         self.make, self.names = make, list(names)

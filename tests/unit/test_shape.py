@@ -1,4 +1,7 @@
-"""The house keeps its shape: short floors, short method files, and no import that climbs or goes in a circle."""
+"""The house keeps its shape: short floors, short method files.
+
+No import climbs or goes in a circle.
+"""
 
 import ast
 import io
@@ -135,7 +138,10 @@ def test_no_import_climbs():
 
 
 def circle(graph):
-    """The modules that import each other in a circle, directly or not: what is left when the leaves are taken off."""
+    """The modules that import each other in a circle, directly or not.
+
+    They are what is left when the leaves are taken off.
+    """
     left = {module: set(used) & set(graph) for module, used in graph.items()}
     while leaves := {module for module, used in left.items() if not used}:
         left = {module: used - leaves for module, used in left.items() if module not in leaves}

@@ -48,9 +48,8 @@ def test_peft_computes_what_the_delta_does(build, batches, tmp_path):
         module for module in loaded.modules() if isinstance(module, peft.tuners.shira.ShiraLayer)
     ]
     assert len(layers) == 2 + 2 * 2
-    assert {layer.r["default"] for layer in layers} == {
-        2
-    }  # 30 entries need 2 (12 + 12) in every layer
+    # 30 entries need 2 (12 + 12) in every layer
+    assert {layer.r["default"] for layer in layers} == {2}
 
 
 def test_a_model_without_a_new_head_fits_too(build, batches, tmp_path):

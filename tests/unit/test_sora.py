@@ -297,9 +297,8 @@ def test_xi_is_the_rate_of_the_step_times_lambda_times_its_schedule(build, batch
         sl.fit(model, [phase], batches("toy", 2))
         method.close()
         paths.append([step["xi"] for step in phase.after_step.__self__.path])
-    assert paths[0] == pytest.approx(
-        [0.2, 0.15, 0.1, 0.05]
-    )  # the rate decays to zero, and is not yet there
+    # the rate decays to zero, and is not yet there
+    assert paths[0] == pytest.approx([0.2, 0.15, 0.1, 0.05])
     assert paths[1] == pytest.approx([0.1, 0.075, 0.1, 0.05])
     assert paths[2] == pytest.approx([0.125] * 4)
 

@@ -163,9 +163,8 @@ def test_an_allocation_by_hand():
     for tau, total in charged.items():
         found = allocate(Small(), scores, 10, rank=1, alpha=5, beta=2, taus=[tau, 40])
         assert (found.tau, found.charged) == (tau, total)
-    charged |= {
-        tau: 11 + tau for tau in range(9, 16)
-    }  # the rest of the table; what follows is paid for already
+    # the rest of the table; what follows is paid for already
+    charged |= {tau: 11 + tau for tau in range(9, 16)}
     for k in range(10, 27):
         nearest = min(charged.values(), key=lambda total: (abs(total - k), total))
         assert allocate(Small(), scores, k, rank=1, alpha=5, beta=2).charged == nearest

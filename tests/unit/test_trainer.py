@@ -1,4 +1,7 @@
-"""Masked training under Hugging Face's `Trainer`: a plain loop's weights, checkpoints that are ordinary models."""
+"""Masked training under Hugging Face's `Trainer`: a plain loop's weights.
+
+Its checkpoints are ordinary models.
+"""
 
 import re
 import shutil
@@ -24,7 +27,10 @@ def quiet(model):
 
 @pytest.fixture
 def under_trainer(tmp_path, batches):
-    """under_trainer(kind, model, **arguments) -> a `Trainer` whose options are the ones that could do harm."""
+    """under_trainer(kind, model, **arguments) -> a `Trainer`.
+
+    Its options are the ones that could do harm.
+    """
 
     def make(kind, model, *, compute_metrics=None, **arguments):
         examples = [
@@ -54,16 +60,18 @@ def under_trainer(tmp_path, batches):
             eval_dataset=examples[:4],
             compute_metrics=compute_metrics,
         )
-        trainer.model_accepts_loss_kwargs = (
-            False  # a loss is its batch's mean; `Trainer` has other counts for some
-        )
+        # a loss is its batch's mean; `Trainer` has other counts for some
+        trainer.model_accepts_loss_kwargs = False
         return trainer
 
     return make
 
 
 def plain_loop(kind, model, selection, batches, autocast):
-    """What the `Trainer` above does, with dense gradients that are masked and unselected weights put back."""
+    """What the `Trainer` above does, with dense gradients.
+
+    They are masked, and unselected weights are put back.
+    """
     data = batches(kind, STEPS * ACCUMULATE * SIZE, size=1)
     named, before, head = dict(model.named_parameters()), sl.snapshot(model), sl.head_weights(model)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in head.items()}
@@ -123,9 +131,8 @@ def test_trainer_trains_as_a_plain_loop_does(build, batches, pick, under_trainer
     with sl.masked(model, selection, dense=head):
         under_trainer(kind, model, bf16=autocast).train()
     plain_loop(kind, reference, selection, batches, autocast)
-    near = (
-        {"rtol": 1e-3, "atol": 1e-3} if autocast else {"rtol": 1e-9, "atol": 1e-12}
-    )  # autocast rounds dense gradients
+    # autocast rounds dense gradients
+    near = {"rtol": 1e-3, "atol": 1e-3} if autocast else {"rtol": 1e-9, "atol": 1e-12}
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, **near)
     assert_only_the_selection_moved(before, model, selection, head)
@@ -151,9 +158,8 @@ def test_a_resumed_training_ends_with_the_same_bits(
 ):
     ends = []
     for resume in (None, tmp_path / "checkpoint-3"):
-        model = build(kind).to(
-            dtype
-        )  # everything from before is gone: base, mask, optimizer; dropout draws as before
+        # everything from before is gone: base, mask, optimizer; dropout draws as before
+        model = build(kind).to(dtype)
         selection = pick(model)
         with sl.masked(model, selection, dense=tuple(sl.head_weights(model))):
             trainer = under_trainer(
@@ -221,9 +227,8 @@ def test_the_best_model_is_the_one_that_leaving_gives(build, pick, under_trainer
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing:FutureWarning"
-)  # its new name is too new
+# its new name is too new
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(build, pick, under_trainer, reentrant):
     models = []

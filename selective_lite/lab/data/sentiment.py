@@ -14,10 +14,8 @@ from .assets import asset
 from .batches import Batches
 
 DOMAINS = ("movies", "tweets", "products", "editorials")
-BY_DOCUMENT = (
-    "products",
-    "editorials",
-)  # their rows are sentences of documents: `document_sentence`
+# their rows are sentences of documents: `document_sentence`
+BY_DOCUMENT = ("products", "editorials")
 THRESHOLD = 0.5  # on the mean human rating, -4 to 4; weaker ratings are left out as undecided
 
 

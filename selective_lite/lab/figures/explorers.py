@@ -40,9 +40,8 @@ def frame(fig: Figure) -> bytes:
     ValueError
         The figure does not fit even at 80 dots an inch.
     """
-    limit = (
-        (FRAME_BYTES - 600) * 3 // 4
-    )  # 600 characters are kept for the markup and the alternative text
+    # 600 characters are kept for the markup and the alternative text
+    limit = (FRAME_BYTES - 600) * 3 // 4
     dpi = 150.0
     while True:
         data = plots.png(fig, dpi, tints=24)
@@ -227,12 +226,8 @@ def _density_figure(at: Mapping[str, float], limits: tuple[float, float]) -> Fig
     return fig
 
 
-DENSITY_BASE = {
-    "log_alpha": 0.0,
-    "beta": 2 / 3,
-    "left": -0.1,
-    "right": 1.1,
-}  # Louizos et al.'s temperature and stretch
+# Louizos et al.'s temperature and stretch
+DENSITY_BASE = {"log_alpha": 0.0, "beta": 2 / 3, "left": -0.1, "right": 1.1}
 DENSITY_PRESETS = {
     "log_alpha": (-5.0, -3.0, -1.0, 0.0, 1.0, 3.0, 5.0),
     "beta": (0.1, 1 / 3, 2 / 3, 1.0, 1.5, 2.0),
