@@ -1,4 +1,4 @@
-"""Masked training: only what is selected moves, as a dense masked optimizer would move it, and the model comes back."""
+"""Masked training: only what is selected moves, as a dense masked optimizer would move it."""
 
 import copy
 import gc
@@ -145,7 +145,7 @@ def test_a_model_that_becomes_bfloat16_inside_keeps_training_in_float32(build, b
 
 
 class DenseMasked:
-    """The naive form, made exact: a dense optimizer on masked gradients, and unselected weights put back each step."""
+    """The naive form, made exact: masked gradients, and unselected weights put back each step."""
 
     def __init__(self, model, selection, make):
         self.model = model
@@ -250,7 +250,7 @@ def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick,
 
 
 class Created(TorchDispatchMode):
-    """Counts the entries of every tensor that an operation creates; views of a parameter are not created."""
+    """Counts the entries of every tensor that an operation creates, views of parameters left out."""
 
     def __init__(self, model):
         super().__init__()
