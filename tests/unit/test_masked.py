@@ -250,7 +250,7 @@ def test_the_forward_and_every_gradient_are_the_dense_ones(build, batches, pick,
 
 
 class Created(TorchDispatchMode):
-    """Counts the entries of every tensor that an operation creates, views of parameters left out."""
+    """Counts the entries of every tensor that an operation creates; views of parameters are not."""
 
     def __init__(self, model):
         super().__init__()
