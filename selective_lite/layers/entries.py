@@ -64,9 +64,10 @@ class Entries(nn.Module):
         for a backward stay valid.
         """
         values = self._parameters["values"]
-        if torch.compiler.is_exporting() or torch._C._is_tracing():
+        compiling = torch.compiler.is_compiling()  # asking for more would break the graph
+        if torch.compiler.is_exporting() or (not compiling and torch._C._is_tracing()):
             raise RuntimeError(EXPORTED)
-        if not torch.compiler.is_compiling() and values is not self.__dict__["leaf"]:
+        if not compiling and values is not self.__dict__["leaf"]:
             raise RuntimeError(f"the compact values of a tensor {REPLACED}")
         target, source = dense.data, values.data.to(dense.dtype)  # type: ignore[union-attr]
         if self.index is None:

@@ -62,10 +62,12 @@ class _Linear(torch.autograd.Function):
         # Keep only what the gradient will read of the input; under autocast in the compute dtype,
         # as the dense product would. Saving `values` lets autograd see an optimizer step between
         # forward and backward.
-        kept = columns_as_rows(x, rows if transposed else columns)
+        kept = columns_as_rows(x.reshape(-1, x.shape[-1]), rows if transposed else columns)
         kept = kept if kept.dtype == y.dtype else kept.to(y.dtype)
         ctx.save_for_backward(kept, weight, values, index, rows, columns)
-        return y
+        # Not a view, so that an operation behind the layer may work in place, as it may behind
+        # `nn.Linear`. The product itself takes x in its own shape, or its bits would be others.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -75,6 +77,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dense = weight.to(grad.dtype)
             grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
+        grad = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[2]:
             outer = columns_as_rows(grad, columns if ctx.transposed else rows)
             left, right = (kept, outer) if ctx.transposed else (outer, kept)
@@ -110,14 +113,8 @@ scatter = _Scatter.apply  # (dense, values, index)
 
 
 def linear(x: Tensor, operands: Operands, bias: Index, transposed: bool = False) -> Tensor:
-    """A linear layer whose weight gradient is sampled.
-
-    The function sees (T, D): what it gives back is no view, so that an operation behind the layer
-    may work in place, as it may behind `nn.Linear`.
-    """
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(flat, *operands, bias, transposed)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    """A linear layer whose weight gradient is sampled; its output has the layer's own bits."""
+    return _Linear.apply(x, *operands, bias, transposed)
 
 
 embedding = _Embedding.apply  # (ids, weight, values, index, padding_idx)
