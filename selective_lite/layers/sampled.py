@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
         kept = kept if kept.dtype == y.dtype else kept.to(y.dtype)
         ctx.save_for_backward(kept, weight, values, index, rows, columns)
         # Not a view, so that an operation behind the layer may work in place, as it may behind
-        # `nn.Linear`. The product itself takes x in its own shape, or its bits would be others.
+        # `nn.Linear`. The product takes x in its own shape: another kernel would round otherwise.
         return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
@@ -113,7 +113,7 @@ scatter = _Scatter.apply  # (dense, values, index)
 
 
 def linear(x: Tensor, operands: Operands, bias: Index, transposed: bool = False) -> Tensor:
-    """A linear layer whose weight gradient is sampled; its output has the layer's own bits."""
+    """A linear layer whose weight gradient is sampled; its output is `functional.linear`'s."""
     return _Linear.apply(x, *operands, bias, transposed)
 
 
