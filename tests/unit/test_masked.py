@@ -863,16 +863,6 @@ def test_what_cannot_be_selected_in_part_says_why():
     assert "'weight_entries' of its own" in why_refused(taken, "weight")
 
 
-def test_a_layer_computes_what_it_did_to_the_bit_from_a_part_of_its_input():
-    torch.manual_seed(0)
-    model, x = nn.Linear(384, 96), torch.randn(4, 32, 384)
-    for view in (x, x[:, :1], x[0], x[0, 0]):
-        with torch.no_grad():
-            expected = model(view)
-        with sl.masked(model, selection_of(model, weight=[0, 7]), head=()):
-            assert torch.equal(model(view), expected)
-
-
 def test_second_derivatives_are_refused_or_right():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
