@@ -42,8 +42,8 @@ test: lint unit browser book ## lint, types, unit and parity tests, notebooks, t
 	$(BIN)/pytest tests/book
 
 .PHONY: unit
-unit: $(ENVIRONMENT) assets ## the tests of the library alone
-	$(BIN)/pytest tests/unit tests/parity
+unit: $(ENVIRONMENT) assets ## the tests of the library only
+	$(BIN)/pytest tests/unit tests/parity tests/cases
 	$(BIN)/pytest tests/unit -m gpu --pretend
 
 .PHONY: lint
