@@ -12,16 +12,23 @@ import warnings
 from typing import Any
 
 from .batches import model_loss
-from .gates import HardConcrete, deterministic_gate, hard_concrete, open_probability
 from .heads import HeadWarning
 from .layers.small import adapters, add_adapters, linear_weights, merge_adapters, remove_adapters
 from .memory import activation_bytes, ledger, predicted_ledger
 from .methods.bitfit import bitfit
 from .methods.child_tuning import child_tuning, child_tuning_f
+from .methods.controls import random, random_nonzero, random_scores, shuffled
 from .methods.diff_pruning import diff_pruning
 from .methods.fish import expected_squared_gradient, fish, fisher_information
+from .methods.fixed_mask import fixed_mask, full_finetuning
 from .methods.freezing import last_layers, layerwise_rates
-from .methods.lt_sft import lt_sft
+from .methods.hard_concrete import (
+    HardConcrete,
+    deterministic_gate,
+    hard_concrete,
+    open_probability,
+)
+from .methods.lt_sft import lt_sft, movement
 from .methods.sara import sara, smaller_than, smallest
 from .methods.sora import SoRA, sora
 from .methods.spt import allocate, spt
@@ -30,12 +37,10 @@ from .scores import (
     exclude,
     gradient_magnitude,
     magnitude,
-    movement,
-    random_scores,
     squared_gradient,
     taylor,
 )
-from .selection import Selection, random, random_nonzero, select, select_tensors, shuffled
+from .selection import Selection, select, select_tensors
 from .ship.arithmetic import combine
 from .ship.delta import Delta, diff, load
 from .ship.describe import describe
@@ -49,8 +54,6 @@ from .training import (
     constant,
     cosine_decay,
     fit,
-    fixed_mask,
-    full_finetuning,
     linear_decay,
 )
 

@@ -83,10 +83,8 @@ def batch_size(batch: Batch) -> int:
     size = sizes.get("labels") or Counter(sizes.values()).most_common(1)[0][0]
     for key, own in sizes.items():
         if own != size:
-            raise ValueError(
-                f"batch[{key!r}] has {own} in its first dimension, where the others have {size} "
-                "samples; give it a sample dimension (expand it), or score with reduction='batch'"
-            )
+            what = f"batch[{key!r}] has {own} in its first dimension, others have {size} samples"
+            raise ValueError(f"{what}; expand it to one a sample, or score with reduction='batch'")
     return size
 
 

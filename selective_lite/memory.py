@@ -12,9 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .batches import Loss, model_loss
 from .heads import Head, Names
+from .kernels.sampled import precise
 from .layers.entries import Entries, dense_of, entries_of
 from .layers.masked import check_selection, footprint_of, gathers
-from .layers.sampled import precise
 from .params import in_masked_training, named_parameters, names_under, owners, preserve_modes
 from .selection import Selection
 
@@ -42,20 +42,16 @@ def ledger(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     index = [buffer for module in entries for buffer in module.buffers()]
     ours = {id(buffer) for buffer in index}
     weights = [*model.parameters(), *(b for b in model.buffers() if id(b) not in ours)]
-    partly = [at for at in owners(model).values() if _in_part(*at[0])]
+    places = owners(model).values()
+    partly = [at for at in places if getattr(entries_of(*at[0]), "index", None) is not None]
     state = [] if optimizer is None else [t for s in optimizer.state.values() for t in s.values()]
     return {
         "weights": _bytes(weights),
         "gradients": _bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": _bytes(state),
         "index": _bytes(index),
-        "passing": _bytes(dense_of(*places[0]) for places in partly if gathers(places)),
+        "passing": _bytes(dense_of(*at[0]) for at in partly if gathers(at)),
     }
-
-
-def _in_part(module: nn.Module, attribute: str) -> bool:
-    entries = entries_of(module, attribute)
-    return isinstance(entries, Entries) and entries.index is not None
 
 
 def predicted_ledger(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from .layers.entries import Entries
 
 Budget = int | float
 Parameters = dict[str, nn.Parameter]
+Registered = Iterator[tuple[str, nn.Module, str, Any]]  # name, and place of a tensor
 Place = tuple[nn.Module, str]  # where a parameter is registered: a module, and the attribute's name
 # Modules that hold the real one as a child, and put their own word into every name.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -42,11 +44,9 @@ def clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def _registered(
-    model: nn.Module, kind: str = "_parameters", every_name: bool = False
-) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """Every place a tensor is registered at, the compact values of masked training left out."""
-    for path, module in unwrap(model).named_modules(remove_duplicate=not every_name):
+def _registered(model: nn.Module, kind: str = "_parameters", every: bool = False) -> Registered:
+    """Every place (`every`: name) of every tensor, but for masked training's compact values."""
+    for path, module in unwrap(model).named_modules(remove_duplicate=not every):
         held = {} if isinstance(module, Entries) else getattr(module, kind)
         for attribute, tensor in held.items():
             if tensor is not None:
@@ -67,7 +67,7 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     return _unique(at for at in places if at[2] not in at[1]._non_persistent_buffers_set)
 
 
-def _unique(places: Iterable[tuple[str, nn.Module, str, Any]]) -> dict[str, Any]:
+def _unique(places: Registered) -> dict[str, Any]:
     first: dict[int, tuple[str, Any]] = {}
     for name, _, _, tensor in places:
         first.setdefault(id(tensor), (name, tensor))
@@ -99,10 +99,22 @@ def ties(model: nn.Module) -> dict[str, list[str]]:
     """The other names of every tied parameter, ``{canonical name: [other names]}``."""
     names = {id(p): name for name, p in named_parameters(model).items()}
     found: dict[str, list[str]] = {}
-    for name, _, _, p in _registered(model, every_name=True):
+    for name, _, _, p in _registered(model, every=True):
         if name != (canonical := names[id(p)]):
             found.setdefault(canonical, []).append(name)
     return found
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a weight is in: the first number in its name, else None.
+
+    Examples
+    --------
+    >>> layer_of("bert.encoder.layer.3.output.dense.weight")
+    3
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def is_under(name: str, prefixes: Sequence[str]) -> bool:
@@ -239,14 +251,6 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is in evaluation mode; every module's mode is restored."""
-    with preserve_modes(model):
-        model.eval()
-        yield
 
 
 @contextmanager

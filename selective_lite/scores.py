@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from . import params
 from .batches import Batch, Batches, Loss, check_loss, model_loss, samples_of, to_device
 from .heads import Head, Names
-from .layers.sampled import precise
-from .params import evaluating, in_masked_training, names_under, one_of, only_trainable, weights
+from .kernels.sampled import precise
+from .params import in_masked_training, names_under, one_of, weights
 
 Scores = dict[str, Tensor]
 Of = Callable[[Tensor], Tensor]  # of a gradient: what is summed
-Reduction = Literal["per_sample", "batch"]
-Labels = Literal["given", "model"]
 Order = Literal[1, 2]
 
 
@@ -28,51 +27,12 @@ def magnitude(model: Module, head: Head = None) -> Scores:
     return {name: p.detach().abs() for name, p in weights(model, head).items()}
 
 
-def movement(model: Module, start: Mapping[str, Tensor], head: Head = None) -> Scores:
-    """|theta - theta0|, how far training moved each weight (Ansell et al. 2022, LT-SFT).
-
-    Parameters
-    ----------
-    model
-        The trained model, theta.
-    start
-        Its `snapshot` before training, theta0.
-    head
-        As in `weights`.
-
-    Raises
-    ------
-    ValueError
-        If `start` lacks a candidate, or holds it in another shape.
-    """
-    candidates = weights(model, head)
-    for name, p in candidates.items():
-        if name not in start or start[name].shape != p.shape:
-            lack = f"start has no {name!r} of shape {tuple(p.shape)}"
-            raise ValueError(f"{lack}; give a snapshot of this model")
-    return {name: (p.detach() - start[name]).abs() for name, p in candidates.items()}
-
-
-def random_scores(model: Module, seed: int, head: Head = None) -> Scores:
-    """The control: uniform random scores in (0, 1), float32 on CPU.
-
-    They are a function of `seed` and of the candidates' shapes only.
-    """
-    return uniform(weights(model, head), seed)
-
-
-def uniform(tensors: Mapping[str, Tensor], seed: int) -> Scores:
-    """Random numbers in (0, 1] in the tensors' shapes: a score of 0 would never be selected."""
-    draw = partial(torch.rand, generator=torch.Generator().manual_seed(seed), device="cpu")
-    return {n: 1 - draw(t.shape, dtype=torch.float32) for n, t in tensors.items()}
-
-
 def squared_gradient(
     model: Module,
     batches: Batches,
     *,
-    reduction: Reduction = "per_sample",
-    labels: Labels = "given",
+    reduction: Literal["per_sample", "batch"] = "per_sample",
+    labels: Literal["given", "model"] = "given",
     loss: Loss = model_loss,
     head: Head = None,
     seed: int = 0,
@@ -193,7 +153,9 @@ def accumulate(model: Module, batches: Batches, loss: Loss, head: Head, of: Of) 
     # In half precision a sum of a thousand squares would saturate.
     sums = {p: torch.zeros_like(p, dtype=precise(p)) for p in candidates.values()}
     batch = None
-    with evaluating(model), only_trainable(model, sums), torch.enable_grad():
+    modes, flags = params.preserve_modes(model), params.only_trainable(model, sums)
+    with modes, flags, torch.enable_grad():
+        model.eval()
         for batch in batches:
             batch = to_device(batch, model)
             found = loss(model, batch)

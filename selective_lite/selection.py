@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import Module, Parameter
 
 from .heads import Head
 from .params import Budget, resolve_budget, weights
-from .scores import ALL_ZERO, NOT_FINITE, check_scores, random_scores, uniform
+from .scores import ALL_ZERO, NOT_FINITE
 
 CHUNK = 1 << 18  # scores per chunk; bounds the extra memory of `select`
 BUCKETS = 1 << 16  # of a histogram of 16 bits
@@ -183,10 +183,11 @@ def select(
     return Selection({name: positions for name, positions in pieces if len(positions)}, shapes)
 
 
+Named = Mapping[str, Tensor]
 Keys = Iterator[tuple[str, tuple[int, ...], int, Tensor]]
 
 
-def sort_keys(scores: Mapping[str, Tensor], largest: bool, wide: bool) -> Keys:
+def sort_keys(scores: Named, largest: bool, wide: bool) -> Keys:
     """Go through the scores in chunks, as integers of the same order.
 
     Parameters
@@ -236,9 +237,7 @@ def histogram_of(key: Tensor, shift: int, prefix: int = 0) -> Tensor:
     return torch.bincount(digit, minlength=BUCKETS)
 
 
-def _survey(
-    scores: Mapping[str, Tensor], largest: bool, wide: bool = False
-) -> tuple[bool, dict, int, Tensor]:
+def _survey(scores: Named, largest: bool, wide: bool = False) -> tuple[bool, dict, int, Tensor]:
     """The first pass over the scores.
 
     Whether any tensor is float64, every shape, the number of non-zero scores, and a histogram of
@@ -262,58 +261,19 @@ def _survey(
     return _survey(scores, largest, wide=True)  # behind the loop, which holds a tensor
 
 
-def _kth_key(
-    scores: Mapping[str, Tensor], largest: bool, wide: bool, k: int, histogram: Tensor
-) -> tuple[int, int]:
+def _kth_key(scores: Named, largest: bool, wide: bool, k: int, counts: Tensor) -> tuple[int, int]:
     """The k-th largest key, and how many of the keys equal to it are among the k."""
     prefix, top = 0, 48 if wide else 16
     for shift in range(top, -1, -16):
         if shift < top:
-            histogram = torch.zeros_like(histogram)
+            counts = torch.zeros_like(counts)
             for *_, key in sort_keys(scores, largest, wide):
-                histogram += histogram_of(key, shift, prefix)
-        above = histogram.flip(0).cumsum(0)
+                counts += histogram_of(key, shift, prefix)
+        above = counts.flip(0).cumsum(0)
         passed = int((above < k).sum())
-        k -= int(above[passed] - histogram[-1 - passed])
+        k -= int(above[passed] - counts[-1 - passed])
         prefix = (prefix << 16) + BUCKETS - 1 - passed - (BUCKETS // 2 if shift == top else 0)
     return prefix, k
-
-
-def random(model: Module, budget: Budget, seed: int, head: Head = None) -> Selection:
-    """The control: k weights, uniform over all candidates.
-
-    Arguments and errors as in `select` and `weights`; the draw is a function of `seed` and of the
-    candidates' shapes only.
-
-    Examples
-    --------
-    >>> selection = random(model, 0.005, seed=0)
-    """
-    return replace(select(random_scores(model, seed, head), budget), method="random")
-
-
-def random_nonzero(scores: Mapping[str, Tensor], budget: Budget, seed: int) -> Selection:
-    """The control: uniform random among the weights whose score is not zero.
-
-    A BERT embeds few of its words, for one. Arguments and errors as in `select`; the draw is a
-    function of `seed` and of where the scores are zero.
-    """
-    check_scores(scores)
-    draws = uniform(scores, seed)
-    return select({name: u * (scores[name] != 0).cpu() for name, u in draws.items()}, budget)
-
-
-def shuffled(selection: Selection, seed: int) -> Selection:
-    """The control: as many weights in every tensor as `selection` has, at random positions.
-
-    It separates *which tensor* from *which entry*.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    indices = {}
-    for name, positions in selection.indices.items():
-        drawn = torch.randperm(prod(selection.shapes[name]), generator=generator, device="cpu")
-        indices[name] = drawn[: len(positions)].sort().values
-    return Selection(indices, dict(selection.shapes))
 
 
 def select_tensors(

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .batches import Loss, check_loss, model_loss, to_device
-from .heads import Head
-from .layers.masked import MaskedTraining, check_selection
-from .params import head_weights, only_trainable, preserve_modes, weights
+from .params import preserve_modes
 from .selection import Selection
 
 Schedule = Callable[[float], float]
@@ -245,10 +243,8 @@ def _check_batches(batches: Any) -> None:
     try:
         empty = len(batches) == 0
     except TypeError:
-        raise TypeError(
-            f"batches is a {type(batches).__name__} without a length, which the schedules need; "
-            "give a list, such as list(itertools.islice(batches, 100)), or another loader"
-        ) from None
+        what = f"batches is a {type(batches).__name__} without a length, which schedules need"
+        raise TypeError(f"{what}; give a list: list(itertools.islice(batches, 100))") from None
     if empty:
         raise ValueError("batches is empty; give at least one batch")
 
@@ -263,10 +259,8 @@ def _checked_groups(phase: Phase, model: nn.Module) -> list[Group]:
             if id(p) in own and p.requires_grad:
                 continue
             why = "frozen; set its requires_grad" if id(p) in own else "not one of the model's"
-            raise ValueError(
-                f"phase {phase.name!r} trains a parameter of shape {tuple(p.shape)} that is {why}, "
-                "or give fit the method itself (not list(method)), made for this model"
-            )
+            what = f"phase {phase.name!r} trains a parameter of shape {(*p.shape,)} that is {why}"
+            raise ValueError(f"{what}, or give fit the method itself, made for this model")
     return groups
 
 
@@ -311,83 +305,3 @@ def head_group(
     """The task head's parameter group, at `lr_head` or else `lr`; empty if there is no head."""
     rate = lr if lr_head is None else lr_head
     return [{"params": list(parameters), "lr": rate, **options}] if parameters else []
-
-
-def fixed_mask(
-    model: nn.Module,
-    selection: Selection,
-    *,
-    lr: float,
-    epochs: int,
-    lr_head: float | None = None,
-    head: Head = None,
-    weight_decay: float = 0.0,
-    name: str = "",
-) -> Phases:
-    """A method: train a selection and the task head, on compact parameters.
-
-    Parameters
-    ----------
-    model, selection
-        As in `masked`.
-    lr, lr_head
-        Learning rates of the selected weights and of the head (default: the same).
-    epochs
-        Passes over the batches.
-    head
-        As in `weights`.
-    weight_decay
-        Decay of selected weights and head; it pulls values to zero.
-    name
-        The phase's name (default: the selection's method).
-
-    Returns
-    -------
-    Phases
-        A single phase. Afterwards the trained values are in the model's own tensors and the compact
-        parameters are gone.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For a bad option, or a selection that does not fit the model, which is unchanged.
-    """
-    name = name or selection.method or "fixed mask"
-    check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
-    check_selection(model, selection, head=head)
-
-    def phases() -> Generator[Phase, None, None]:
-        with MaskedTraining(model, selection, head=head) as training:
-            own, dense = training.parameters(), training.dense_parameters()
-            groups = [{"params": own, "lr": lr, "weight_decay": weight_decay}]
-            groups += head_group(dense, lr, lr_head, weight_decay=weight_decay)
-            yield Phase(name, groups, epochs, selection=selection)
-
-    return Phases(phases())
-
-
-def full_finetuning(
-    model: nn.Module,
-    *,
-    lr: float,
-    epochs: int,
-    lr_head: float | None = None,
-    head: Head = None,
-    weight_decay: float = 0.0,
-    name: str = "dense",
-) -> Phases:
-    """A method, the baseline: train every candidate (see `weights`), and the head at `lr_head`.
-
-    What the user froze (``requires_grad=False``) stays as it is. Arguments and errors as in
-    `fixed_mask`.
-    """
-    check_options(name, epochs=epochs, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
-    body, heads = (list(found(model, head).values()) for found in (weights, head_weights))
-
-    def phases() -> Generator[Phase, None, None]:
-        groups = [{"params": body, "lr": lr, "weight_decay": weight_decay}]
-        groups += head_group(heads, lr, lr_head, weight_decay=weight_decay)
-        with only_trainable(model, [*body, *heads]):
-            yield Phase(name, groups, epochs)
-
-    return Phases(phases())

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..kernels.sampled import Index, precise
 from .attach import Attached, attach, detach, stand_in
-from .sampled import Index, embedding, linear, precise, scatter
+from .functions import embedding, linear, scatter
 
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
 EXPORTED = "leave masked training before the model is exported, traced or scripted"
@@ -34,7 +35,7 @@ class Entries(nn.Module):
         Flat row-major positions (k,), int64, on the tensor's device. ``None`` takes all of the
         tensor: then the values are a copy in more precision (a master of a half-precision tensor).
     rows, columns
-        The `sampled.footprint` of the positions, or None.
+        The `kernels.sampled.footprint` of the positions, or None.
 
     Attributes
     ----------
@@ -213,7 +214,7 @@ def current(module: Any, attribute: str) -> tuple[Tensor, Entries]:
 
 
 def product_operands(module: Any) -> tuple[Tensor, Tensor, Any, Any, Any]:
-    """What `sampled.linear` takes between the input and the bias."""
+    """What `functions.linear` takes between the input and the bias."""
     dense, own = current(module, "weight")
     return dense, own.values, own.index, own.rows, own.columns
 

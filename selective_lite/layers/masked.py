@@ -22,14 +22,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import params
 from ..heads import Head, Names
+from ..kernels.sampled import Footprint, footprint, precise
 from ..selection import Selection
 from .entries import Entries, attach_entries, dense_of, detach_entries, samples, why_refused
-from .sampled import Index, footprint, precise
 
 OPEN = "_masked_training"  # where a model in masked training holds it
+Self = TypeVar("Self", bound="MaskedTraining")
 STAMP = "selection"  # the key of an optimizer's group that says which selection it trains
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
-Self = TypeVar("Self", bound="MaskedTraining")
 Places = Sequence[params.Place]
 
 
@@ -118,6 +118,7 @@ class MaskedTraining:
             for module, attribute in places:
                 product = sampled and at is not None and samples(module, attribute)
                 attach_entries(module, attribute, entries, product)
+        self._ids = {id(p) for p in self._trained.values()}
         self._buffers = list(params.named_buffers(model))
         self._start = self.values()
         self._checked = weakref.WeakSet[Optimizer]()
@@ -322,11 +323,10 @@ def _check_places(argument: str, places: Mapping[str, Places]) -> None:
     every = {n: [why for at in places[n] if (why := why_refused(*at))] for n in places}
     refused = {name: reasons[0] for name, reasons in every.items() if reasons}
     if refused:
+        what = f"{argument} holds {len(refused)} tensor(s) that cannot be selected in part"
         lines = "; ".join(f"{name!r} {reason}" for name, reason in refused.items())
-        raise ValueError(
-            f"{argument} holds {len(refused)} tensor(s) that cannot be selected in part: {lines}. "
-            f"Exclude them: exclude={tuple(refused)}, or sl.exclude(scores, {tuple(refused)})"
-        )
+        remedy = f"exclude={tuple(refused)}, or sl.exclude(scores, {tuple(refused)})"
+        raise ValueError(f"{what}: {lines}. Exclude them: {remedy}")
 
 
 def gathers(places: Places, sampled: bool = True) -> bool:
@@ -334,32 +334,28 @@ def gathers(places: Places, sampled: bool = True) -> bool:
     return not (sampled and all(samples(*place) for place in places))
 
 
-def footprint_of(
-    index: Tensor, parameter: Tensor, places: Places, sampled: bool = True
-) -> tuple[Index, Index]:
+def footprint_of(index: Tensor, own: Tensor, places: Places, sampled: bool = True) -> Footprint:
     """Footprint of the positions, or (None, None) unless one of its layers samples a product."""
     product = any(samples(*at) and not isinstance(at[0], Embedding) for at in places)
-    wanted = sampled and product and parameter.dim() == 2
-    return footprint(index, *parameter.shape) if wanted else (None, None)
+    wanted = sampled and product and own.dim() == 2
+    return footprint(index, *own.shape) if wanted else (None, None)
 
 
 def _skips(model: Module) -> bool:
     """Whether a model may leave layers out of a step: LayerDrop, experts that no token chose."""
     options = getattr(getattr(model, "config", None), "__dict__", {})
+    if any("layerdrop" in key and value for key, value in options.items()):
+        return True
     experts = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
-    return (
-        any("layerdrop" in key and value for key, value in options.items())
-        or any(len(list(module.children())) > 1 for module in experts)
-        or any(getattr(module, "layerdrop", 0) for module in model.modules())
-    )
+    own = any(getattr(module, "layerdrop", 0) for module in model.modules())
+    return own or any(len(list(module.children())) > 1 for module in experts)
 
 
 def _check_step(training: MaskedTraining | None, optimizer: Optimizer) -> None:
     """Before every optimizer's step, while a training is open: raise unless it can train that."""
     if training is None or training.closed:
         return
-    ours = {id(p) for p in training._trained.values()}
-    groups = [g for g in optimizer.param_groups if any(id(p) in ours for p in g["params"])]
+    groups = [g for g in optimizer.param_groups if training._ids & {id(p) for p in g["params"]}]
     if optimizer not in training._checked:
         _check_first_step(training, {id(p) for g in optimizer.param_groups for p in g["params"]})
         if groups:
@@ -368,10 +364,9 @@ def _check_step(training: MaskedTraining | None, optimizer: Optimizer) -> None:
         stamp = group.setdefault(STAMP, training.stamp)
         misfit = (_of_another_size(optimizer.state.get(p, {}), p) for p in group["params"])
         if stamp != training.stamp or any(misfit):
-            raise ValueError(
-                "optimizer's state was saved in masked training of another selection; resume with "
-                "the selection of the checkpoint (Selection.load, or Delta.selection of its file)"
-            )
+            what = "optimizer's state was saved in masked training of another selection"
+            remedy = "resume with that one: Selection.load, or Delta.selection of its file"
+            raise ValueError(f"{what}; {remedy}")
 
 
 def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
@@ -391,8 +386,7 @@ def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
     ours = [name for name in training.selection.indices if id(trained[name]) in held]
     without = [name for name in ours if trained[name].grad is None]
     if without and not training.allow_unused:
-        raise ValueError(
-            f"{len(without)} selected tensor(s) got no gradient, {', '.join(map(repr, without))}: "
-            "the loss does not use them. Exclude them (sl.exclude(scores, ...)), or give "
-            "masked(..., allow_unused=True) if a step may leave them out"
-        )
+        names = ", ".join(map(repr, without))
+        what = f"{len(without)} selected tensor(s) got no gradient, {names}: the loss does not use"
+        remedy = "masked(..., allow_unused=True) if a step may leave them out"
+        raise ValueError(f"{what} them. Exclude them (sl.exclude(scores, ...)), or give {remedy}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from math import prod
 from typing import Any, Literal
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from ..heads import Head, Names
+from ..kernels.sampled import precise
 from ..params import Parameters, Place, check_names, one_of, owners, weights
 from .attach import Attached, attach, detach, stand_in
 from .entries import Selected, is_conv1d
-from .sampled import precise
 
 Kind = Literal["lora", "adapter"]
 KINDS = ("lora", "adapter")
@@ -41,14 +40,6 @@ def part_shapes(kind: Kind, d_in: int, d_out: int, rank: int) -> dict[str, tuple
     if kind == "lora":
         return {"A": (rank, d_in), "B": (d_out, rank)}
     return {"down": (rank, d_out), "down_bias": (rank,), "up": (d_out, rank), "up_bias": (d_out,)}
-
-
-def adapter_size(kind: Kind, d_in: int, d_out: int, rank: int) -> int:
-    """How many weights a small module trains.
-
-    r (d_in + d_out) for LoRA, 2 r d_out + r + d_out for an Adapter.
-    """
-    return sum(prod(shape) for shape in part_shapes(kind, d_in, d_out, rank).values())
 
 
 class _Small(nn.Module):
@@ -156,10 +147,9 @@ def linear_weights(model: nn.Module, targets: Head = None, head: Head = None) ->
     for target in (targets,) if isinstance(targets, str) else targets or ():
         meant = {module for path, module in named if f".{path}".endswith(f".{target}")}
         if not meant or not meant <= plain:
-            raise ValueError(
-                f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head, or "
-                "one that is tied to another; give ends of module names, such as ('query', 'value')"
-            )
+            what = f"targets names {target!r}, which is no nn.Linear or Conv1D outside the head"
+            remedy = "give ends of module names, such as ('query', 'value')"
+            raise ValueError(f"{what}, or is tied to another; {remedy}")
         chosen |= meant
     return [name for name in layers if layers[name] & chosen]
 

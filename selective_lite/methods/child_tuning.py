@@ -22,7 +22,8 @@ from ..params import resolve_budget, weights
 from ..scores import exclude as without
 from ..scores import squared_gradient
 from ..selection import Selection, select
-from ..training import Phase, Phases, Step, full_finetuning
+from ..training import Phase, Phases, Step
+from .fixed_mask import full_finetuning
 
 
 def child_tuning_f(

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..names import layer_of
-from ..params import head_weights, only_trainable, weights
+from ..params import head_weights, layer_of, only_trainable, weights
 from ..selection import Selection, select_tensors
 from ..training import Group, Phase, Phases, check_options, head_group
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..heads import Head
 from ..layers.masked import check_candidates
 from ..params import (
     check_prefixes,
@@ -26,10 +27,11 @@ from ..params import (
     snapshot,
     weights,
 )
-from ..scores import Scores, movement
+from ..scores import Scores
 from ..scores import exclude as without
 from ..selection import Selection, select
-from ..training import Phase, Phases, check_options, fixed_mask, full_finetuning
+from ..training import Phase, Phases, check_options
+from .fixed_mask import fixed_mask, full_finetuning
 
 
 @torch.no_grad()
@@ -85,6 +87,31 @@ def l1_penalty(weight: float, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
             [(theta.reshape(-1) - theta0.reshape(-1)).abs().sum() for theta, theta0 in pairs]
         ).sum()
     )
+
+
+def movement(model: nn.Module, start: Mapping[str, Tensor], head: Head = None) -> Scores:
+    """|theta - theta0|, how far training moved each weight (Ansell et al. 2022, LT-SFT).
+
+    Parameters
+    ----------
+    model
+        The trained model, theta.
+    start
+        Its `snapshot` before training, theta0.
+    head
+        As in `weights`.
+
+    Raises
+    ------
+    ValueError
+        If `start` lacks a candidate, or holds it in another shape.
+    """
+    candidates = weights(model, head)
+    for name, p in candidates.items():
+        if name not in start or start[name].shape != p.shape:
+            lack = f"start has no {name!r} of shape {tuple(p.shape)}"
+            raise ValueError(f"{lack}; give a snapshot of this model")
+    return {name: (p.detach() - start[name]).abs() for name, p in candidates.items()}
 
 
 def lt_sft(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..names import layer_of
+from ..params import layer_of
 from .delta import Delta, load
 from .file import MODULES, flat_names
 

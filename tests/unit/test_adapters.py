@@ -13,12 +13,12 @@ from torch.nn import functional
 import selective_lite as sl
 from selective_lite.layers.small import (
     adapter_parameters,
-    adapter_size,
     attach_module,
     find_layers,
     linear_sizes,
     linear_weights,
 )
+from selective_lite.methods.spt.allocation import adapter_size
 
 MODELS = ("toy", "bert", "llama", "gpt2")
 KINDS = ("lora", "adapter")

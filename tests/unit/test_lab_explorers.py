@@ -8,9 +8,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from selective_lite.gates import hard_concrete, open_probability
 from selective_lite.lab import explorers, plots
 from selective_lite.lab.figures.explorers import explorer
+from selective_lite.methods.hard_concrete import hard_concrete, open_probability
 from selective_lite.selection import select
 
 GATES = [(0.0, 2 / 3, -0.1, 1.1), (2.0, 1.0, -1.5, 1.5), (-1.0, 0.4, -0.3, 1.05)]

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from selective_lite.lab import plots
-from selective_lite.names import kind_of, layer_of
+from selective_lite.lab.kinds import kind_of
+from selective_lite.params import layer_of
 
 ALT = 'a curve that rises from "zero" to one'
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
+from selective_lite.kernels.sampled import by_feature, columns_as_rows, footprint, sampled_product
 from selective_lite.layers.entries import why_refused
 from selective_lite.layers.masked import training_of
-from selective_lite.layers.sampled import by_feature, columns_as_rows, footprint, sampled_product
 
 TRANSFORMERS = ("bert_tied", "llama", "gpt2")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "selective_lite"
-FLOORS = ("", "ship", "hf", "methods", "lab")  # from the ground up, by the folder's or file's name
+FLOORS = ("kernels", "", "ship", "hf", "methods", "lab")  # upwards, by folder or file; "" is the ground
 DOOR = Path("__init__.py")  # it gives what the floors hold, and is on none
 LAYOUT = {
     tokenize.COMMENT,
@@ -59,7 +59,7 @@ def imports(text, place):
 
 def floor(module):
     folder = module.split("/")[0].removesuffix(".py")
-    return FLOORS.index(folder) if folder in FLOORS else 0
+    return FLOORS.index(folder if folder in FLOORS else "")
 
 
 def climbing(text, place):
@@ -81,12 +81,18 @@ def test_lines_of_code_are_counted_without_docstrings_comments_and_blank_lines()
     assert code_lines(text + "\n\nclass C:\n    '''Doc.'''\n\n    y: int = 1\n") == 8
 
 
-def test_the_ground_floor_with_its_layers_has_at_most_1650_lines():
+def test_the_ground_floor_with_its_layers_has_less_than_1400_lines():
     texts = {**sources("*.py"), **sources("layers/*.py")}
     ground = {path: text for path, text in texts.items() if path not in (DOOR, Path("hf.py"))}
     counts = {str(path): code_lines(text) for path, text in ground.items()}
     assert {"params.py", "selection.py", "training.py"} <= set(counts)
-    assert sum(counts.values()) <= 1650, counts  # 1,400 is the aim
+    assert sum(counts.values()) < 1400, counts
+
+
+def test_the_kernels_have_at_most_400_lines():
+    counts = {str(path): code_lines(text) for path, text in sources("kernels/*.py").items()}
+    assert "kernels/sampled.py" in counts
+    assert sum(counts.values()) <= 400, counts
 
 
 def test_the_ship_has_at_most_1200_lines():
@@ -105,6 +111,8 @@ def test_a_method_has_at_most_150_lines():
     ("place", "text", "found"),
     [
         ("training.py", "from .methods.fish import fish\n", {"methods/fish", "methods/fish/fish"}),
+        ("kernels/sampled.py", "from ..params import weights", {"params", "params/weights"}),
+        ("params.py", "from .kernels.sampled import rows", set()),
         ("training.py", "def f():\n    from . import lab\n", {"lab"}),
         ("training.py", "import selective_lite.lab.tasks\n", {"lab/tasks"}),
         ("training.py", "from .select import select\nimport os\nfrom pathlib import Path\n", set()),

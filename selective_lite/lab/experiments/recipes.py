@@ -14,8 +14,11 @@ import torch
 from ...methods.bitfit import bitfit as bitfit_selection
 from ...methods.child_tuning import child_tuning
 from ...methods.child_tuning import child_tuning_f as child_tuning_f_phases
+from ...methods.controls import random_scores
+from ...methods.controls import shuffled as shuffled_selection
 from ...methods.diff_pruning import diff_pruning
 from ...methods.fish import fish as fish_selection
+from ...methods.fixed_mask import fixed_mask, full_finetuning
 from ...methods.freezing import last_layers as last_layers_selection
 from ...methods.lt_sft import lt_sft as lt_sft_phases
 from ...methods.sara import sara as sara_phases
@@ -24,10 +27,9 @@ from ...methods.sora import sora as sora_phases
 from ...methods.spt import allocate
 from ...methods.spt import spt as spt_phases
 from ...params import head_weights, weights
-from ...scores import random_scores, squared_gradient
+from ...scores import squared_gradient
 from ...selection import Selection, select
-from ...selection import shuffled as shuffled_selection
-from ...training import Phase, Phases, fixed_mask, full_finetuning
+from ...training import Phase, Phases
 from ..data.sentiment import Task
 from . import results
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ...methods.fixed_mask import fixed_mask
 from ...params import head_weights, snapshot
-from ...training import Phase, fit, fixed_mask
+from ...training import Phase, fit
 from ..device import VARIABLE
 from . import results
 from .recipes import LR_HEAD, Config, Recipe

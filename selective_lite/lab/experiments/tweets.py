@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...methods.controls import random_scores
 from ...methods.fish import fish as fish_selection
-from ...scores import random_scores
+from ...methods.fixed_mask import fixed_mask
 from ...selection import select
 from ...ship.delta import diff
-from ...training import Phase, Phases, fixed_mask
+from ...training import Phase, Phases
 from ..data.tweets import Texts, bits, load_texts
 from ..models import load_language_model
 from . import results

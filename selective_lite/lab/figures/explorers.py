@@ -12,7 +12,7 @@ import torch
 from matplotlib import colors, rc_context
 from matplotlib.figure import Figure
 
-from ...gates import check_stretch
+from ...methods.hard_concrete import check_stretch
 from ...selection import select
 from . import plots
 

@@ -17,7 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ...names import KINDS, kind_of, layer_of
+from ...params import layer_of
+from ..kinds import KINDS, kind_of
 
 # Okabe and Ito's palette (2008): told apart with every common kind of colour vision. Black, then
 # yellow, come last because one dominates a picture and the other is faint on white.

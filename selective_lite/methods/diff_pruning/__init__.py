@@ -13,10 +13,11 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import nn
 
-from ...gates import Stretch
 from ...layers.masked import check_candidates
 from ...params import head_weights, only_trainable, resolve_budget, unwrap, weights
-from ...training import Group, Phase, Phases, check_options, constant, fixed_mask, head_group
+from ...training import Group, Phase, Phases, check_options, constant, head_group
+from ..fixed_mask import fixed_mask
+from ..hard_concrete import Stretch
 from .calibration import Calibration as Calibration
 from .gated import Penalty, gated_weights
 from .groups import Groups

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...gates import Stretch, check_stretch
 from ...params import check_prefixes, in_masked_training, is_under, unwrap, weights
+from ..hard_concrete import Stretch, check_stretch
 from .groups import Groups, group_ids
 
 Penalty = Literal["product", "sum"]

@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...names import block_of
-
 # Projections whose rows, and whose columns, belong to attention heads, as `transformers` names
 # them.
 ROWS = re.compile(r"(^|\.)(query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin)\.(weight|bias)$")
@@ -21,6 +19,12 @@ KEY_VALUE = re.compile(r"(^|\.)(k_proj|v_proj)\.")
 
 Grouping = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
 Groups = Literal["tensor", "head", "layer"] | Grouping | None
+
+
+def block_of(name: str) -> str | None:
+    """The numbered block that a weight is in, such as ``"encoder.layer.3"``, else None."""
+    found = re.match(r"((?:.*?\.)?\d+)\.", name)
+    return found[1] if found else None
 
 
 def group_ids(

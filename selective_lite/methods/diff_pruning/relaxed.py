@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...gates import HardConcrete, Stretch
 from ...params import head_weights, preserve_modes, resolve_budget, unwrap, weights
 from ...selection import Selection, select
+from ..hard_concrete import HardConcrete, Stretch
 from .gated import Penalty, gated_weights, trained_dtype
 from .groups import Groups
 

@@ -9,17 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...layers.entries import why_refused
-from ...layers.small import Kind, adapter_size, find_layers, linear_sizes
+from ...layers.small import Kind, find_layers, linear_sizes, part_shapes
 from ...params import check_names, check_prefixes, is_under, owners, resolve_budget, weights
 from ...scores import check_scores
 from ...selection import Selection, select
 from .sweep import tau_for
+
+
+def adapter_size(kind: Kind, d_in: int, d_out: int, rank: int) -> int:
+    """How many weights a small module trains.
+
+    r (d_in + d_out) for LoRA, 2 r d_out + r + d_out for an Adapter.
+    """
+    return sum(prod(shape) for shape in part_shapes(kind, d_in, d_out, rank).values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Names: the layer, the block and the kind of a weight, read out of its dotted name."""
+"""Kinds: what a parameter does, read out of its dotted name."""
 
 from __future__ import annotations
 
@@ -16,24 +16,6 @@ KINDS = (
     ("ffn in", r"intermediate|gate_proj|up_proj|c_fc|lin1|linear1|fc1"),
     ("ffn out", r"output\.dense|down_proj|mlp\.c_proj|lin2|linear2|fc2"),
 )
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer that a weight is in: the first number in its name, else None.
-
-    Examples
-    --------
-    >>> layer_of("bert.encoder.layer.3.output.dense.weight")
-    3
-    """
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
-def block_of(name: str) -> str | None:
-    """The numbered block that a weight is in, such as ``"encoder.layer.3"``, else None."""
-    found = re.match(r"((?:.*?\.)?\d+)\.", name)
-    return found[1] if found else None
 
 
 def kind_of(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Kernels: arithmetic of tensors alone, which knows no model and no layer."""
