@@ -104,15 +104,14 @@ def taylor(
     h are means over samples. Arguments and errors as in `squared_gradient`.
     """
     one_of("order", order, (1, 2))
-    candidates = weights(model, head)
+    w = {name: p.detach() for name, p in weights(model, head).items()}
     if order == 1:
-        gradient = accumulate(model, batches, loss, head, lambda g: g)
-        return {name: (gradient[name] * p.detach()).abs_() for name, p in candidates.items()}
+        g = accumulate(model, batches, loss, head, lambda g: g)
+        return {n: g[n].mul_(w[n]).abs_() for n in w}
     samples = [sample for batch in batches for sample in samples_of(batch)]
     g = accumulate(model, samples, loss, head, lambda g: g / len(samples))
     h = accumulate(model, samples, loss, head, lambda g: g.square() / len(samples))
-    weight = {name: p.detach() for name, p in candidates.items()}
-    return {name: (h[name] * w / 2 - g[name]).mul_(w).abs_() for name, w in weight.items()}
+    return {n: (h[n] * w[n] / 2 - g[n]).mul_(w[n]).abs_() for n in w}
 
 
 def exclude(scores: Mapping[str, Tensor], names: Names) -> Scores:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "selective_lite"
-FLOORS = ("kernels", "", "ship", "hf", "methods", "lab")  # upwards, by folder or file; "" is the ground
+FLOORS = ("kernels", "", "ship", "hf", "methods", "lab")  # upwards; "" is the ground
 DOOR = Path("__init__.py")  # it gives what the floors hold, and is on none
 LAYOUT = {
     tokenize.COMMENT,
