@@ -32,7 +32,7 @@ ROOTS = [
     "ship/delta.py:diff",
     "ship/delta.py:load",
     "selection.py:select",
-    "scores.py:random_scores",
+    "methods/controls.py:random_scores",
 ]
 ENCODINGS: tuple[Encoding, ...] = ("flat", "gap-lzma")
 

@@ -1,10 +1,13 @@
 """Benchmark: what `import selective_lite` costs beyond `import torch`.
 
-Every import is in a fresh process, the two interleaved; medians are given.
+Every import is in a fresh process, the two interleaved; medians are given. Bytecode is kept, as
+`pip install` and every ordinary first run leave it: without it, most of the time is Python's
+compiler's.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +22,7 @@ ROOTS = ["params.py:weights", "ship/tuning.py:masked", "selection.py:select"]
 SCRIPT = (
     "import time, torch; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 )
+KEEPS_BYTECODE = {key: own for key, own in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
 def run(config: Mapping[str, Any]) -> results.Row:
@@ -27,9 +31,10 @@ def run(config: Mapping[str, Any]) -> results.Row:
     for round_number in range(config["warmup"] + config["rounds"]):
         for name, found in seconds.items():
             command = [sys.executable, "-c", SCRIPT.format(name)]
-            taken = float(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=KEEPS_BYTECODE
             )
+            taken = float(done.stdout)
             if round_number >= config["warmup"]:
                 found.append(taken)
     return {

@@ -32,7 +32,7 @@ CONFIGS = [
 ]
 ROOTS = [
     "ship/tuning.py:masked",
-    "selection.py:random",
+    "methods/controls.py:random",
     "params.py:head_weights",
     "memory.py:ledger",
 ]
