@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.sampled import index_dtype
 from ..layers.masked import training_of
 from ..layers.small import (
     KINDS,
@@ -49,7 +50,6 @@ from .file import (
     encode,
     fits,
     flat_names,
-    index_dtype,
     replaced_by,
 )
 

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from ..kernels.sampled import index_dtype
 from ..layers.small import KINDS, part_shapes
 from .positions import increasing, pack, unpack
 
@@ -190,11 +191,6 @@ def replaced_by(parts: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None, 
 def body_of(parts: Mapping[str, Any]) -> list[str]:
     """The sorted names of the base's tensors that a delta has a part of, its head left out."""
     return sorted({*parts["values"], *parts["dense"], *parts["buffers"], *parts[MODULES]})
-
-
-def index_dtype(size: int) -> torch.dtype:
-    """The dtype of positions in a tensor of this many values."""
-    return torch.int32 if size < 2**31 else torch.int64
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
