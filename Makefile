@@ -68,9 +68,10 @@ restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code cha
 
 .PHONY: benchmarks
 benchmarks: $(ENVIRONMENT) assets ## measure speed and size against the targets, on a machine that does nothing else
-	$(KEEP_MEMORY) $(BIN)/python benchmarks/masked_step.py
+	$(BIN)/python benchmarks/masked_step.py
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/delta.py
 	$(BIN)/python benchmarks/peak_memory.py
+	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/selecting.py
 	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/targets.py

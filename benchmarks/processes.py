@@ -1,10 +1,10 @@
-"""Fresh processes, each of one thread, whose peak memory is their own."""
+"""Fresh processes, whose peak memory is their own."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,13 +12,30 @@ from typing import Any
 
 import torch
 
+# glibc gives a large buffer that is freed back to the system at once, and the next step pays for
+# new pages; or it keeps them, and the peak says no longer how much was in use.
+RETURNS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
+KEEPS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
-def fresh(job: Callable[[Any], Any], argument: Any) -> Any:
+
+def fresh(
+    job: Callable[[Any], Any],
+    argument: Any,
+    *,
+    threads: int = 1,
+    allocator: Mapping[str, str] = RETURNS,
+) -> Any:
     """What `job(argument)` gives in a process that has done nothing else."""
-    # glibc then gives a freed tensor's pages back at once
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 22)
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as process:
-        return process.submit(job, argument).result()
+    before = dict(os.environ)
+    for setting in {**RETURNS, **KEEPS}:
+        os.environ.pop(setting, None)
+    os.environ.update(allocator)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as one:
+            return one.submit(job, argument).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def resident() -> int:

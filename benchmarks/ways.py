@@ -10,7 +10,16 @@ from torch import nn
 
 import selective_lite as sl
 
-WAYS = ("full AdamW", "full AdamW, fused", "peft LoRA", "peft SHiRA", "selective_lite", "floor")
+OURS, OURS_IN_TORCH = "selective_lite", "selective_lite, no C"
+WAYS = (
+    "full AdamW",
+    "full AdamW, fused",
+    "peft LoRA",
+    "peft SHiRA",
+    OURS,
+    OURS_IN_TORCH,
+    "floor",
+)
 LINEAR = {  # every linear layer, the output apart
     "bert": ["query", "key", "value", "dense"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -18,7 +27,7 @@ LINEAR = {  # every linear layer, the output apart
 
 
 def trained(
-    way: str, model: Any, *, budget: float, rank: int
+    way: str, model: Any, selection: sl.Selection, *, rank: int
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """The model, ready to train in one of `WAYS`, and its optimizer; the floor trains nothing."""
     targets = LINEAR[model.config.model_type]
@@ -26,8 +35,8 @@ def trained(
         model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))
     elif way == "peft SHiRA":
         model = get_peft_model(model, ShiraConfig(r=rank, target_modules=targets))
-    elif way == "selective_lite":
-        sl.masked(model, sl.random(model, budget, seed=0))
+    elif way in (OURS, OURS_IN_TORCH):
+        sl.masked(model, selection)
     elif way == "floor":  # forward and every input gradient, down to the output of the embedding
         model.requires_grad_(False)
         embedding = getattr(model.base_model, "embeddings", model.get_input_embeddings())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -17,18 +17,47 @@ from ..scores import Scores, check_scores
 from ..selection import Selection, select
 
 
+class Uniform(Mapping):
+    """Random numbers in (0, 1] in the tensors' shapes: a score of 0 would never be selected.
+
+    Each tensor, float32 on CPU, is drawn when it is asked for, as `select` does pass by pass, so
+    that no second copy of a model's size is held. What is drawn is a function of `seed` and of the
+    shapes only.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], seed: int) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._after = dict(pairwise(self._shapes))
+        self._states = {}  # of the generator, before a tensor is drawn
+        for name in [*self._shapes][:1]:
+            self._states[name] = torch.Generator().manual_seed(seed).get_state()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._shapes:
+            raise KeyError(name)
+        while name not in self._states:  # what is drawn before it moves the generator on
+            self[[*self._states][-1]]
+        generator = torch.Generator()
+        generator.set_state(self._states[name])
+        shape = self._shapes[name]
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        if name in self._after:
+            self._states.setdefault(self._after[name], generator.get_state())
+        return drawn.neg_().add_(1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def random_scores(model: Module, seed: int, head: Head = None) -> Scores:
-    """The control: uniform random scores in (0, 1), float32 on CPU.
+    """The control: uniform random scores in (0, 1], float32 on CPU.
 
     They are a function of `seed` and of the candidates' shapes only.
     """
-    return uniform(weights(model, head), seed)
-
-
-def uniform(tensors: Mapping[str, Tensor], seed: int) -> Scores:
-    """Random numbers in (0, 1] in the tensors' shapes: a score of 0 would never be selected."""
-    draw = partial(torch.rand, generator=torch.Generator().manual_seed(seed), device="cpu")
-    return {n: 1 - draw(t.shape, dtype=torch.float32) for n, t in tensors.items()}
+    return dict(Uniform(weights(model, head), seed))
 
 
 def random(model: Module, budget: Budget, seed: int, head: Head = None) -> Selection:
@@ -41,7 +70,7 @@ def random(model: Module, budget: Budget, seed: int, head: Head = None) -> Selec
     --------
     >>> selection = random(model, 0.005, seed=0)
     """
-    return replace(select(random_scores(model, seed, head), budget), method="random")
+    return replace(select(Uniform(weights(model, head), seed), budget), method="random")
 
 
 def random_nonzero(scores: Mapping[str, Tensor], budget: Budget, seed: int) -> Selection:
@@ -51,7 +80,7 @@ def random_nonzero(scores: Mapping[str, Tensor], budget: Budget, seed: int) -> S
     function of `seed` and of where the scores are zero.
     """
     check_scores(scores)
-    draws = uniform(scores, seed)
+    draws = Uniform(scores, seed)
     return select({name: u * (scores[name] != 0).cpu() for name, u in draws.items()}, budget)
 
 
