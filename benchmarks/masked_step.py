@@ -34,18 +34,21 @@ MAIN = {
     "allocator": "keeps",
     "rank": 8,
     "warmup": 3,
-    "rounds": 25,
+    "rounds": 16,
     "take": 1,
 }
-LAYER = {"model": "llama layer", "batch": 4, "tokens": 128, "rounds": 10}  # 2,048 by 5,632
+LAYER = {"model": "llama layer", "batch": 4, "tokens": 128, "rounds": 6}  # 2,048 by 5,632
 CONFIGS = [
     *({**MAIN, "budget": budget} for budget in (0.0002, 0.005, 0.05)),
-    *({**MAIN, "budget": budget, "selection": "FISH"} for budget in (0.0002, 0.005, 0.05)),
-    {**MAIN, "allocator": "returns"},
-    {**MAIN, "dtype": "bfloat16", "rounds": 10},
+    *(
+        {**MAIN, "budget": budget, "selection": "FISH", "rounds": 10}
+        for budget in (0.0002, 0.005, 0.05)
+    ),
+    {**MAIN, "allocator": "returns", "rounds": 10},
+    {**MAIN, "dtype": "bfloat16", "rounds": 6},
     {**MAIN, **LAYER},
 ]
-AGAIN = [{**config, "take": 2} for config in CONFIGS[:6]]
+AGAIN = [{**config, "take": 2} for config in CONFIGS[:3]]
 ROOTS = [
     "ship/tuning.py:masked",
     "methods/controls.py:random",
