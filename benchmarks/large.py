@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from processes import forget_peak, fresh, peak, resident
+from processes import forget_peak, fresh, peak, resident, settle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import selective_lite as sl
@@ -36,11 +36,13 @@ def measure(config: Mapping[str, Any]) -> results.Row:
     model.tie_weights()
     for parameter in model.parameters():
         parameter.data.uniform_(-1, 1)
+    settle()
     found = {"loaded": resident()}
     forget_peak()
     selection = sl.random(model, config["budget"], seed=0)
     found["peak of selecting, over it"] = peak() - found["loaded"]
     found["selection"] = resident() - found["loaded"]
+    settle()
     before = resident()
     forget_peak()
     with sl.masked(model, selection) as tuning:

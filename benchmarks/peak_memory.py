@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from processes import forget_peak, fresh, peak, resident
+from processes import forget_peak, fresh, peak, resident, settle
 from ways import trained
 
 import selective_lite as sl
@@ -44,6 +44,7 @@ def measure(config: Mapping[str, Any]) -> results.Row:
         0, model.config.vocab_size, (config["batch"], config["tokens"]), device=place
     )
     selection = sl.random(model, config["budget"], seed=0)  # what selecting takes is not a step's
+    settle()
     loaded = resident()
     forget_peak()
     model, optimizer = trained(config["way"], model.train(), selection, rank=config["rank"])
