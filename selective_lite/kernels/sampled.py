@@ -21,6 +21,7 @@ from . import native
 Index = Tensor | None  # positions or features, int32 or int64; None for all of them
 Footprint = tuple[Index, Index]  # rows and columns
 BLOCK = 49152  # numbers that are transposed together, of 32 tokens at least
+DENSE_ABOVE = {"C": 0.35, "torch": 0.08}  # of a matrix: then slices of the product are faster
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
 
@@ -70,7 +71,11 @@ def sampled_product(
     left, right = left.to(precise(left)), right.to(precise(right))
     if rows is not None and columns is not None and (len(rows) == height or len(columns) == width):
         return (left @ right.t()).flatten()
-    if loaded := native.fits(left, right, index):
+    loaded = native.fits(left, right, index)
+    most = DENSE_ABOVE["C" if loaded else "torch"] * height * width
+    if rows is None and columns is None and len(index) > most:
+        return _by_slices(left, right, index, height, width)
+    if loaded:
         return native.product(loaded, left, right, index, width, rows, columns)
     row, column = index.div(width, rounding_mode="floor"), index % width
     left, row = (by_feature(left), row) if rows is None else (left, torch.searchsorted(rows, row))
@@ -88,6 +93,19 @@ def sampled_product(
         starts.to(index.dtype), column.to(index.dtype), zeros, shape, check_invariants=False
     )
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
+
+
+def _by_slices(left: Tensor, right: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+    """`sampled_product` out of some rows of the whole product at a time, a quarter at most."""
+    rows = max(1, min(256, height // 4))
+    bounds = torch.arange(0, height + rows, rows, device=index.device) * width
+    cuts = torch.searchsorted(index, bounds.to(index.dtype)).diff().tolist()
+    return torch.cat(
+        [
+            (left[:, first : first + rows].t() @ right).flatten()[own - first * width]
+            for first, own in zip(range(0, height, rows), index.split(cuts), strict=True)
+        ]
+    )
 
 
 def sampled_rows(

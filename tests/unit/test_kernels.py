@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective_lite.kernels import native, sampled
 
@@ -46,6 +47,33 @@ def test_its_products_are_those_of_torch(tokens, height, width, count, threads):
         torch.set_num_threads(before)
     expected = (left.double().t() @ right.double()).flatten()[index]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("height", [1, 3, 17, 600])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.9, 1])
+def test_dense_selections_take_slices_of_the_product_and_never_all_of_it(height, share):
+    left, right, _ = operands(30, height, 8, 1)
+    generator = torch.Generator().manual_seed(0)
+    index = (torch.rand(height * 8, generator=generator) < share).nonzero().squeeze(1).int()
+    if not len(index):
+        index = torch.tensor([3], dtype=torch.int32)
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.layout is torch.strided:
+                made.append(out.numel())
+            return out
+
+    with Sizes():
+        found = sampled.sampled_product(left, right, index, height, 8, None, None)
+    expected = (left.double().t() @ right.double()).flatten()[index]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    if height > 3:
+        sides = {left.numel(), right.numel()}
+        assert height * 8 not in [size for size in made if size not in sides]
 
 
 @needs_compiler
