@@ -29,7 +29,7 @@ SIZES = {
 CONFIG = {"sizes": SIZES, "budget": 0.005, "warmup": 3, "rounds": 25}
 ROOTS = [
     "ship/delta.py:Delta",
-    "ship/delta.py:diff",
+    "ship/diff.py:diff",
     "ship/delta.py:load",
     "selection.py:select",
     "methods/controls.py:random_scores",

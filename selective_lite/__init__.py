@@ -42,8 +42,9 @@ from .scores import (
 )
 from .selection import Selection, select, select_tensors
 from .ship.arithmetic import combine
-from .ship.delta import Delta, diff, load
+from .ship.delta import Delta, load
 from .ship.describe import describe
+from .ship.diff import diff
 from .ship.file import DeltaError
 from .ship.peft import to_shira
 from .ship.tuning import Tuning, masked

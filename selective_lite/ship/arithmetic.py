@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import at, tensors_of
-from .delta import Delta, assemble
+from .delta import Delta
+from .diff import assemble
 from .file import bits
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -17,26 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.masked import training_of
-from ..layers.small import (
-    KINDS,
-    adapter_parameters,
-    adapters,
-    add_adapters,
-    find_layers,
-    remove_adapters,
-)
-from ..params import head_weights, named_buffers, ties, unwrap, weights
+from ..layers.small import adapters, add_adapters, find_layers, remove_adapters
+from ..params import unwrap, weights
 from ..selection import Selection
-from .base import (
-    Names,
-    at,
-    base_of,
-    check_tensor,
-    find_names,
-    fingerprint,
-    library_version,
-    tensors_of,
-)
+from .base import Names, at, check_tensor, find_names, fingerprint, tensors_of
 from .file import (
     MODULES,
     PARTS,
@@ -49,7 +33,6 @@ from .file import (
     encode,
     fits,
     flat_names,
-    index_dtype,
     replaced_by,
 )
 
@@ -246,7 +229,7 @@ class Delta:
         """
         body = body_of(self.parts)
         for name, expected in zip(body, self.metadata["fingerprints"], strict=True):
-            if fingerprint(found.get(name), self._sampled(name, read)) != expected:
+            if fingerprint(found.get(name), self.sampled(name, read)) != expected:
                 raise DeltaError(
                     f"model's {names[name]!r} is not the base's at the replaced positions: "
                     "model is not the base that this delta was made from (or already carries a "
@@ -254,7 +237,7 @@ class Delta:
                     "copy them from the tuned one, or ship that tensor whole (head=)"
                 )
 
-    def _sampled(self, name: str, read: Reader) -> Tensor | None:
+    def sampled(self, name: str, read: Reader) -> Tensor | None:
         """Some values of a matrix that has a small module, evenly spread."""
         if name not in self.modules:
             return None
@@ -375,195 +358,6 @@ def _expect(name: str, found: Tensor, value: Tensor) -> None:
         raise DeltaError(
             f"{name!r} no longer holds this delta's values; revert what was applied after it first"
         )
-
-
-def diff(
-    base: nn.Module | Mapping[str, Tensor],
-    tuned: nn.Module,
-    *,
-    head: Sequence[str] | None = None,
-    method: str = "",
-) -> Delta:
-    """The delta from a base to a tuned model: every value whose bits differ, and small modules.
-
-    In masked training, `tuned` is what it would be if training ended now.
-
-    Parameters
-    ----------
-    base
-        The model before, or its `snapshot`.
-    tuned
-        The model after.
-    head
-        Prefixes of the task head, as in `weights`; the head is stored whole.
-    method
-        How it was tuned, for the reader of the file.
-
-    Raises
-    ------
-    ValueError
-        If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs, or
-        the base has small modules of its own.
-
-    Warns
-    -----
-    UserWarning
-        If `base` is a mapping without any of the model's buffers: what changed in them is not
-        shipped.
-    """
-    before = tensors_of(base) if isinstance(base, nn.Module) else dict(base)
-    own = adapter_parameters(tuned)
-    if (isinstance(base, nn.Module) and adapters(base)) or any(name in before for name in own):
-        raise ValueError(
-            "base has small modules; merge or remove them, so that it is an ordinary model"
-        )
-    training = training_of(tuned)
-    now = {} if training is None else training.values()
-    index = {} if training is None else training.selection.indices
-
-    def after(name: str, tensor: Tensor) -> Tensor:
-        """A tensor as it is now, on the CPU, flat; masked training may not have written it yet."""
-        flat = at(tensor)
-        if name in now and now[name].numel() == len(flat):
-            return now[name].reshape(-1)
-        return flat.index_copy_(0, index[name], now[name]) if name in now else flat
-
-    candidates = weights(tuned, head, with_frozen=True)
-    compared: dict[str, Tensor] = {name: p for name, p in candidates.items() if name not in own}
-    buffers = named_buffers(tuned)
-    if buffers and not any(name in before for name in buffers):
-        warnings.warn(
-            f"base holds no buffers, such as {next(iter(buffers))!r}; what changed in them is not "
-            "shipped. Give the base, or its snapshot with buffers",
-            stacklevel=2,
-        )
-        buffers = {}
-    changed, moved = {}, dict[str, Tensor]()
-    for name, tensor in {**compared, **buffers}.items():
-        start = before.get(name)
-        if start is None or start.shape != tensor.shape or start.dtype != tensor.dtype:
-            raise ValueError(
-                f"base has no {name!r} of shape {tuple(tensor.shape)} and {tensor.dtype}"
-            )
-        if start.is_meta or tensor.is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device (offloaded?), which holds no values; load the "
-                "whole model first"
-            )
-        flat = after(name, tensor)
-        where = (bits(flat) != bits(start.cpu()).reshape(-1)).nonzero().squeeze(1)
-        if name in buffers:
-            moved |= {name: flat.reshape(tensor.shape)} if len(where) else {}
-        else:
-            changed[name] = where, flat[where]
-    heads = {
-        name: after(name, p).reshape(p.shape)
-        for name, p in head_weights(tuned, head).items()
-        if name not in own
-    }
-    total = sum(p.numel() for name, p in weights(tuned, head).items() if name not in own)
-    return assemble(
-        tuned,
-        lambda name, where: at(before[name], where),
-        changed,
-        heads,
-        moved,
-        method=method,
-        total=total if training is None else training.total,
-        base=base if isinstance(base, nn.Module) else tuned,
-        small=adapters(tuned),
-    )
-
-
-def assemble(
-    model: nn.Module,
-    start: Reader,
-    changed: Mapping[str, tuple[Tensor, Tensor]],
-    head: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    *,
-    method: str,
-    total: int,
-    base: nn.Module | None = None,
-    small: Mapping[str, Any] | None = None,
-) -> Delta:
-    """The delta of values that are known to have changed.
-
-    Parameters
-    ----------
-    model
-        A model of the base's names, shapes and dtypes.
-    start
-        ``(name, positions or None for all) -> the base's values``, on the CPU, flat.
-    changed
-        ``{name: (sorted positions, values)}``, outside the head; none where nothing changed.
-    head, buffers
-        ``{name: tensor}`` on the CPU, whole.
-    method, total
-        For the metadata: how it was tuned, and how many candidates there were.
-    base
-        The model that says what the base is; default `model`.
-    small
-        ``{weight name: small module}``.
-
-    Raises
-    ------
-    ValueError
-        If nothing changed and there is no head, or a small module cannot be stored.
-    """
-    tensors, small, tied = tensors_of(model), small or {}, ties(model)
-    for name, module in small.items():
-        if module.kind not in KINDS:
-            raise ValueError(
-                f"tuned has a small module of kind {module.kind!r} at {name!r}; merge it first"
-            )
-        if any(p.dtype != tensors[name].dtype for p in module.parameters()):
-            raise ValueError(
-                f"tuned has a small module of another dtype than {name!r}; convert the whole model"
-            )
-    positions, values, dense = {}, {}, {}
-    for name, (where, new) in changed.items():
-        size = tensors[name].numel()
-        if len(where) == size:
-            dense[name] = new.reshape(tensors[name].shape)
-        elif len(where):
-            positions[name], values[name] = where.to(index_dtype(size)), new
-    if not (values or dense or head or buffers or small):
-        raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
-    modules = {
-        name: {piece: p.detach().cpu().clone() for piece, p in module.named_parameters()}
-        for name, module in small.items()
-    }
-    stored = dict.fromkeys((*values, *dense, *head, *buffers, *small))
-    metadata: dict[str, Any] = {
-        "encoding": "flat",
-        "library": library_version(),
-        "base": base_of(model if base is None else base),
-        "method": method,
-        "total": total,
-        "shapes": {name: list(tensors[name].shape) for name in stored},
-        "ties": {name: tied[name] for name in stored if name in tied},
-    }
-    delta = Delta(positions, values, dense, head, metadata, modules, buffers)
-    rounded = {
-        name: str(tensors[name].dtype)
-        for name, (_, new) in delta.replaced().items()
-        if new.dtype != tensors[name].dtype
-    }
-    metadata |= {"rounds_to": rounded} if rounded else {}
-    if small:
-        specs = {name: {"kind": m.kind, "rank": m.rank} for name, m in small.items()}
-        metadata[MODULES] = specs
-    metadata["k"] = delta.count
-    replaced = delta.replaced()
-    metadata["fingerprints"] = [
-        fingerprint(
-            start(name, replaced[name][0]) if name in replaced else None,
-            delta._sampled(name, start),
-        )
-        for name in body_of(delta.parts)
-    ]
-    return delta
 
 
 def load(path: str | os.PathLike) -> Delta:

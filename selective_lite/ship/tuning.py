@@ -13,7 +13,8 @@ from ..layers.small import adapter_parameters, adapters
 from ..params import head_weights, named_parameters, weights
 from ..selection import Selection
 from .base import at, tensors_of
-from .delta import Delta, assemble
+from .delta import Delta
+from .diff import assemble
 from .file import bits, body_of
 
 _said: set[str] = set()  # what `masked` has said in this process
