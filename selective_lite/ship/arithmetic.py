@@ -57,14 +57,16 @@ def combine(
         )
     if head is not None and head not in range(len(deltas)):
         raise ValueError(f"head={head} is not an index of {len(deltas)} deltas")
-    names = []
+    names, deltas = [], list(deltas)
     for i, delta in enumerate(deltas):
         if delta.modules:
             raise ValueError(
                 f"deltas[{i}] has small modules, which are not a difference of a weight; "
                 "merge_adapters in the tuned model, then diff again"
             )
-        names.append(delta.check(base)[0].found)
+        places, before = delta.check(base)
+        names.append(places.found)
+        deltas[i] = delta.with_base(before)
     tensors = tensors_of(base)
     heads = _chosen("heads", [delta.head for delta in deltas], head, names, tensors)
     buffers = _chosen("buffers", [delta.buffers for delta in deltas], head, names, tensors)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from ..params import unwrap, weights
 from ..selection import Selection
 from .base import Names, at, check_tensor, find_names, fingerprint, tensors_of
 from .file import (
+    CODED,
     MODULES,
     PARTS,
+    STEPS,
     DeltaError,
     Encoding,
     bits,
@@ -33,10 +35,35 @@ from .file import (
     encode,
     fits,
     flat_names,
-    replaced_by,
+    step_dtypes,
 )
+from .steps import HALVES, stepped
 
 Reader = Callable[[str, "Tensor | None"], Tensor]  # (name, positions or None for all) -> values
+
+
+class Coded(Mapping[str, Tensor]):
+    """Values that are steps from the base's: whoever looks at them is told so, and misses none.
+
+    Attributes
+    ----------
+    known
+        ``{name: values}``, of the tensors that are not coded.
+    steps
+        ``{name: int16 steps}``, of those that are; see `steps_between`.
+    """
+
+    def __init__(self, known: dict[str, Tensor], steps: dict[str, Tensor]) -> None:
+        self.known, self.steps = known, steps
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise DeltaError(CODED)
+
+    def __iter__(self) -> Iterator[str]:
+        raise DeltaError(CODED)
+
+    def __len__(self) -> int:
+        raise DeltaError(CODED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +74,9 @@ class Delta:
     ----------
     positions, values
         ``{name: int32 or int64}`` and ``{name: tuned values}``; values replace the base's, they are
-        not differences. They have the base's dtype, or are float32 for a half-precision base.
+        not differences. They have the base's dtype, or are float32 for a half-precision base. Where
+        a compressed file coded them against the base's, looking at them raises a `DeltaError` until
+        `resolve`.
     dense
         ``{name: tensor}``, tensors of the base that changed everywhere.
     head
@@ -60,27 +89,35 @@ class Delta:
         the start of a SHA-256 of the base's own values that are replaced, and of some of a matrix
         that has a small module. With small modules also ``modules``, ``{weight name: {"kind":
         "lora" or "adapter", "rank": int}}``; where float32 values stand for a half-precision base
-        ``rounds_to``, ``{name: dtype}``; and ``complete`` if every selected weight is there,
+        ``rounds_to``, ``{name: dtype}``; where values are coded against the base's ``steps``,
+        ``{dtype: {name: number of values}}``; and ``complete`` if every selected weight is there,
         whether it moved or not.
     modules
         ``{weight name: {part: tensor}}``, the small modules of `adapters`; the weights they belong
         to are the base's.
     buffers
         ``{name: tensor}``, persistent buffers that changed, such as batch-norm statistics.
+    before
+        ``{name: values}``, the base's own at the positions in half-precision tensors, where they
+        are known: what a compressed file codes `values` against.
     """
 
     positions: dict[str, Tensor]
-    values: dict[str, Tensor]
+    values: Mapping[str, Tensor]
     dense: dict[str, Tensor]
     head: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Any]:
-        """``{part: tensors by name}``, the attributes that hold tensors."""
-        return {part: getattr(self, part) for part in (*PARTS, MODULES)}
+        """``{part: tensors by name}``, as files hold them: values, or ``steps`` of coded ones."""
+        found = {part: getattr(self, part) for part in (*PARTS, MODULES)}
+        if isinstance(self.values, Coded):
+            return found | {"values": self.values.known, STEPS: self.values.steps}
+        return found | {STEPS: {}}
 
     @property
     def count(self) -> int:
@@ -89,18 +126,32 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors as they are stored."""
-        return sum(t.numel() * t.element_size() for t in flat_names(self.parts).values())
+        """Bytes of the tensors as they are in a flat file."""
+        parts = self.parts
+        tensors = (*flat_names(parts).values(), *parts[STEPS].values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def places(self) -> dict[str, Tensor | None]:
+        """Where the base's values are replaced, ``{name: positions or None for all}``."""
+        return {**self.positions, **dict.fromkeys((*self.dense, *self.head, *self.buffers))}
 
     def replaced(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """What replaces the base's values, ``{name: (positions or None for all, values)}``."""
-        return {name: (where, values) for name, where, values in replaced_by(self.parts)}
+        """What replaces the base's values, ``{name: (positions or None for all, values)}``.
+
+        Raises
+        ------
+        DeltaError
+            If values are coded against the base's.
+        """
+        tensors = {**self.values, **self.dense, **self.head, **self.buffers}
+        return {name: (where, tensors[name]) for name, where in self.places().items()}
 
     def base_dtypes(self) -> dict[str, str]:
         """The dtype of every tensor of the base, by name, such as ``"torch.float32"``."""
-        small = {n: str(t.dtype) for n, pieces in self.modules.items() for t in pieces.values()}
-        found = {name: str(values.dtype) for name, (_, values) in self.replaced().items()}
-        return {**small, **found, **self.metadata.get("rounds_to", {})}
+        small = {name: t for name, pieces in self.modules.items() for t in pieces.values()}
+        found = {**small, **self.dense, **self.head, **self.buffers, **self.parts["values"]}
+        dtypes = {name: str(tensor.dtype) for name, tensor in found.items()}
+        return {**dtypes, **self.metadata.get("rounds_to", {}), **step_dtypes(self.metadata)}
 
     def save(self, path: str | os.PathLike, encoding: Encoding = "flat") -> None:
         """Write the delta as safetensors, with a SHA-256 over all of it; complete or not at all.
@@ -110,15 +161,18 @@ class Delta:
         path
             Path of the file; one that is there is replaced.
         encoding
-            ``"flat"`` stores positions as they are, for every tool to read; ``"gap-lzma"`` as
-            compressed gaps, in a third of the bytes.
+            ``"flat"`` stores positions and values as they are, for every tool to read;
+            ``"gap-lzma"`` positions as compressed gaps, in a third of the bytes, and half-precision
+            values as steps from the base's, in about two bits each after training at a low rate.
 
         Raises
         ------
         ValueError
-            If `encoding` is another one.
+            If `encoding` is another one, or the base's values are not known that it codes against,
+            or (a `DeltaError`) ``"flat"`` those that it is to store: `resolve` first. Nothing is
+            written.
         """
-        encode(path, self.parts, self.metadata, encoding)
+        encode(path, self.parts, self.before, self.metadata, encoding)
 
     def apply(self, model: nn.Module) -> Applied:
         """Put the tuned values, buffers and small modules into a model, in place.
@@ -144,6 +198,28 @@ class Delta:
             module, or the model is in masked training. The model is unchanged.
         """
         return Applied(self, model)
+
+    def resolve(self, model: nn.Module) -> Delta:
+        """The delta with its values and the base's, so that it can be looked at and saved anyhow.
+
+        Only half-precision values from a file need it: of a compressed one the values are not
+        known without the base, of a flat one the base's are not.
+
+        Parameters
+        ----------
+        model
+            The base; it is checked as by `apply`, with the same errors, and not changed.
+        """
+        return self.with_base(self.check(model)[1])
+
+    def with_base(self, found: Mapping[str, Tensor]) -> Delta:
+        """As `resolve`, by the base's values (see `base_values`), which must have been checked."""
+        parts = self.parts
+        steps = {name: stepped(found[name], steps) for name, steps in parts[STEPS].items()}
+        values = {**parts["values"], **steps}
+        before = {n: found[n] for n in values if values[n].dtype in HALVES}
+        metadata = {key: said for key, said in self.metadata.items() if key != STEPS}
+        return replace(self, values=values, before=before, metadata=metadata)
 
     def base_values(self, model: nn.Module) -> dict[str, Tensor]:
         """The base's own values where this delta replaces them, on the CPU; errors as `apply`.
@@ -199,7 +275,7 @@ class Delta:
                 "it with tuning.resume(delta)"
             )
         names = self.names(model)
-        dtypes, replaced = self.base_dtypes(), self.replaced()
+        dtypes, places = self.base_dtypes(), self.places()
         for name, own in names.found.items():
             shape = self.metadata["shapes"][name]
             check_tensor(own, names.tensors[own], shape, dtypes[name], own in names.tables)
@@ -209,7 +285,7 @@ class Delta:
         def read(name: str, where: Tensor | None) -> Tensor:
             return at(names.tensors[names.found[name]], where)
 
-        values = {name: read(name, replaced[name][0]) for name in names.found if name in replaced}
+        values = {name: read(name, places[name]) for name in names.found if name in places}
         self.check_base(read, values, names.found)
         return names, values
 
@@ -261,15 +337,22 @@ class Delta:
 
 
 class Applied:
-    """A delta in a model; keeps the k original values, so that `revert` is exact."""
+    """A delta in a model; keeps the k original values, so that `revert` is exact.
+
+    Attributes
+    ----------
+    delta
+        The delta, with its values, even if its file codes them against the base's.
+    """
 
     def __init__(self, delta: Delta, model: nn.Module) -> None:
-        self._delta, self._model = delta, unwrap(model)
+        self.delta, self._model = delta, unwrap(model)
         self._put()
 
     def _put(self) -> None:
-        delta, model = self._delta, self._model
-        names, self._original = delta.check(model)
+        model = self._model
+        names, self._original = self.delta.check(model)
+        self.delta = delta = self.delta.with_base(self._original)
         self._names, self._reverted = names.found, False
         self._modules: dict[str, nn.Module] = {}
         if names.left_out:
@@ -288,9 +371,9 @@ class Applied:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        replaced = self._delta.replaced()
+        places = self.delta.places()
         for name, new in values.items():
-            tensor, where = tensors[self._names[name]], replaced[name][0]
+            tensor, where = tensors[self._names[name]], places[name]
             if where is None:
                 tensor.copy_(new.reshape(tensor.shape))
             else:
@@ -308,7 +391,7 @@ class Applied:
         """
         if self._reverted:
             return
-        delta, model = self._delta, self._model
+        delta, model = self.delta, self._model
         if training_of(model) is not None:
             raise DeltaError("model is in masked training; leave that first, then revert")
         found = adapters(model) if self._modules else {}
@@ -368,4 +451,7 @@ def load(path: str | os.PathLike) -> Delta:
     DeltaError
         If anything is wrong with the file; it says what.
     """
-    return Delta(**decode(path))
+    parts = decode(path)
+    if steps := parts.pop(STEPS):
+        parts["values"] = Coded(parts["values"], steps)
+    return Delta(**parts)

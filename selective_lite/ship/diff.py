@@ -14,6 +14,7 @@ from ..params import head_weights, named_buffers, ties, weights
 from .base import at, base_of, fingerprint, library_version, tensors_of
 from .delta import Delta, Reader
 from .file import MODULES, bits, body_of, index_dtype
+from .steps import HALVES
 
 
 def diff(
@@ -194,12 +195,10 @@ def assemble(
         specs = {name: {"kind": m.kind, "rank": m.rank} for name, m in small.items()}
         metadata[MODULES] = specs
     metadata["k"] = delta.count
-    replaced = delta.replaced()
-    metadata["fingerprints"] = [
-        fingerprint(
-            start(name, replaced[name][0]) if name in replaced else None,
-            delta.sampled(name, start),
-        )
-        for name in body_of(delta.parts)
-    ]
+    places, metadata["fingerprints"] = delta.places(), []
+    for name in body_of(delta.parts):
+        found = start(name, places[name]) if name in places else None
+        metadata["fingerprints"].append(fingerprint(found, delta.sampled(name, start)))
+        if found is not None and name in values and values[name].dtype in HALVES:
+            delta.before[name] = found
     return delta
