@@ -41,7 +41,7 @@ from .scores import (
     taylor,
 )
 from .selection import Selection, select, select_tensors
-from .ship.arithmetic import combine
+from .ship.arithmetic import combine, compose
 from .ship.delta import Delta, load
 from .ship.describe import describe
 from .ship.diff import diff
@@ -112,6 +112,7 @@ __all__ = [  # noqa: RUF022 - by verb
     "Delta",
     "DeltaError",
     "combine",
+    "compose",
     "describe",
     "diff",
     "hf",

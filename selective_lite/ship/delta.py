@@ -343,6 +343,8 @@ class Applied:
     ----------
     delta
         The delta, with its values, even if its file codes them against the base's.
+    names
+        ``{name in the delta: name in the model}``.
     """
 
     def __init__(self, delta: Delta, model: nn.Module) -> None:
@@ -353,7 +355,7 @@ class Applied:
         model = self._model
         names, self._original = self.delta.check(model)
         self.delta = delta = self.delta.with_base(self._original)
-        self._names, self._reverted = names.found, False
+        self.names, self._reverted = names.found, False
         self._modules: dict[str, nn.Module] = {}
         if names.left_out:
             warnings.warn(
@@ -373,7 +375,7 @@ class Applied:
     def _write(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         places = self.delta.places()
         for name, new in values.items():
-            tensor, where = tensors[self._names[name]], places[name]
+            tensor, where = tensors[self.names[name]], places[name]
             if where is None:
                 tensor.copy_(new.reshape(tensor.shape))
             else:
@@ -396,7 +398,7 @@ class Applied:
             raise DeltaError("model is in masked training; leave that first, then revert")
         found = adapters(model) if self._modules else {}
         for name, module in self._modules.items():
-            if found.get(self._names[name]) is not module:
+            if found.get(self.names[name]) is not module:
                 raise DeltaError(
                     f"{name!r} no longer has this delta's small module; put it back or reload the "
                     "base"
@@ -407,9 +409,9 @@ class Applied:
         tensors, replaced = tensors_of(model), delta.replaced()
         for name in self._original:
             where, values = replaced[name]
-            _expect(name, at(tensors[self._names[name]], where), values)
+            _expect(name, at(tensors[self.names[name]], where), values)
         if self._modules:
-            remove_adapters(model, [self._names[name] for name in self._modules])
+            remove_adapters(model, [self.names[name] for name in self._modules])
         self._write(self._original, tensors)
         self._original, self._reverted = {}, True
 

@@ -17,26 +17,36 @@ HALVES = (torch.float16, torch.bfloat16)
 LENGTH = "<u2"
 
 
-def _ranked(bits: Tensor) -> Tensor:
-    """The places of numbers in their order by their int16 bits, or the bits by the places."""
-    # Bits are a sign and a magnitude; the order is two's complement, in which -0.0 is -1.
-    return torch.where(bits < 0, bits ^ 0x7FFF, bits)
-
-
 def steps_between(base: Tensor, values: Tensor) -> Tensor:
-    """How many steps every value is above the base's, int16; more than half the way wraps around.
+    """How many steps every value is above the base's, int16 (k,); more than half the way wraps.
+
+    They are in the order of the base's magnitudes: an optimizer moves all weights about as far,
+    which is many steps among small numbers and one among large ones, so that in this order lengths
+    hardly vary from one to the next.
 
     Parameters
     ----------
     base, values
-        Of one half-precision dtype and one shape.
+        Vectors of one half-precision dtype.
     """
-    return _ranked(values.view(torch.int16)) - _ranked(base.view(torch.int16))
+    return (_ranked(values.view(torch.int16)) - _ranked(base.view(torch.int16)))[_order(base)]
 
 
 def stepped(base: Tensor, steps: Tensor) -> Tensor:
-    """The values that are these steps above the base's, to the bit."""
-    return _ranked(_ranked(base.view(torch.int16)) + steps).view(base.dtype)
+    """The values that `steps_between` was given, to the bit."""
+    places = _ranked(base.view(torch.int16))
+    places[_order(base)] += steps
+    return _ranked(places).view(base.dtype)
+
+
+def _ranked(bits: Tensor) -> Tensor:
+    """The places of numbers among all of their dtype by their int16 bits, or bits by places."""
+    # Bits are a sign and a magnitude; places are two's complement, in which -0.0 is -1.
+    return torch.where(bits < 0, bits ^ 0x7FFF, bits)
+
+
+def _order(base: Tensor) -> Tensor:
+    return torch.argsort(base.view(torch.int16) & 0x7FFF, stable=True)
 
 
 def pack_steps(steps: Tensor) -> tuple[Tensor, Tensor]:
