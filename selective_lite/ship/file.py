@@ -156,7 +156,7 @@ def encode(
     streams: dict[str, Tensor] = {}
     if encoding == "gap-lzma":
         counts = {dtype: dict(named) for dtype, named in metadata.pop(STEPS, {}).items()}
-        for name in [name for name in values if values[name].dtype in HALVES]:
+        for name in sorted(name for name in values if values[name].dtype in HALVES):
             if name not in before:
                 raise ValueError(
                     f"encoding={encoding!r} codes half-precision values against the base's, and "
