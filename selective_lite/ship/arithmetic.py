@@ -37,9 +37,9 @@ def compose(base: nn.Module, deltas: Sequence[Delta]) -> Delta:
     ------
     DeltaError
         If a delta does not go onto what those before it give, such as a second small module into
-        one layer; it says which delta, and where.
+        one layer, or the base lacks its head; it says which delta, and where.
     ValueError
-        If there is no delta, the base has small modules or lacks a head, or all changes cancel out.
+        If there is no delta, the base has small modules, or all changes cancel out.
     """
     if not deltas:
         raise ValueError("deltas=[] must hold at least one delta")
