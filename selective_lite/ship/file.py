@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -205,15 +205,9 @@ def decode(path: str | os.PathLike) -> dict[str, Any]:
             raise DeltaError(f"{path} says {metadata['k']} weights, it holds {count(parts)}")
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
+    for name, index in parts["positions"].items():
+        parts["positions"][name] = index.to(index_dtype(prod(metadata["shapes"][name])))
     return {**parts, "metadata": metadata}
-
-
-def replaced_by(parts: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-    """What replaces a base's values: (name, positions or None for the whole tensor, new values)."""
-    for name, values in parts["values"].items():
-        yield name, parts["positions"][name], values
-    for part in ("dense", "head", "buffers"):
-        yield from ((name, None, tensor) for name, tensor in parts[part].items())
 
 
 def body_of(parts: Mapping[str, Any]) -> list[str]:
@@ -270,6 +264,7 @@ def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     if (
         len(set(stored)) != len(stored)
         or known != set(metadata["shapes"])
+        or set(parts["positions"]) != {*parts["values"], *coded}
         or set(coded) != set(parts[STEPS])
         or not set(metadata["ties"]) <= known
         or not set(rounds_to) <= known - set(coded)
@@ -281,56 +276,45 @@ def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
 def _unpack(
     parts: Mapping[str, Any], metadata: Mapping[str, Any], streams: Mapping[str, Tensor]
 ) -> None:
-    """Put the positions and steps of streams into the parts, checked, in the dtype of `diff`."""
+    """Put the positions and steps that streams hold into the parts; see `_check_tensors`."""
     coded = {name: n for named in metadata.get(STEPS, {}).values() for name, n in named.items()}
-    if (
-        tuple(streams) != STREAMS[: 3 if coded else 1]
-        or any(stream.dtype != torch.uint8 or stream.dim() != 1 for stream in streams.values())
-        or any(v.dim() != 1 for v in parts["values"].values())
-    ):
-        raise DeltaError("delta's gaps and steps must be streams of bytes, its values vectors")
     counts = {**{name: len(values) for name, values in parts["values"].items()}, **coded}
-    names = sorted(counts)
+    if tuple(streams) != STREAMS[: 3 if coded else 1] or any(
+        stream.dtype != torch.uint8 for stream in streams.values()
+    ):
+        raise DeltaError(f"delta's streams must be bytes, and {STREAMS} where it has steps")
     try:
-        # First: their length, which compresses nothing, bounds all that is made of the others.
+        # First: the directions are not compressed, so that their length bounds all that follows.
         if coded:
             steps = unpack_steps(streams["directions"], streams["lengths"], sum(coded.values()))
             split = steps.split([coded[name] for name in sorted(coded)])
             parts[STEPS].update(zip(sorted(coded), split, strict=True))
-        positions = unpack(streams["gaps"], [counts[name] for name in names])
+        positions = unpack(streams["gaps"], [counts[name] for name in sorted(counts)])
+        parts["positions"].update(zip(sorted(counts), positions, strict=True))
     except ValueError as error:
         raise DeltaError(f"delta's streams do not fit what it declares: {error}") from None
-    for name, index in zip(names, positions, strict=True):
-        size = prod(metadata["shapes"][name])
-        _check_positions(name, index, size)
-        parts["positions"][name] = index.to(index_dtype(size))
-
-
-def _check_positions(name: str, index: Tensor, size: int) -> None:
-    if not increasing(index, size):
-        raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
 
 
 def _check_tensors(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     shapes, rounds_to = metadata["shapes"], metadata.get("rounds_to", {})
-    if set(parts["positions"]) != {*parts["values"], *parts[STEPS]}:
-        raise DeltaError("delta's tensors and its metadata do not name the same parameters")
-    for name, index, values in replaced_by(parts):
-        if index is None:
-            if list(values.shape) != shapes[name]:
-                raise DeltaError(
-                    f"delta's {name!r} has shape {list(values.shape)}, its metadata say "
-                    f"{shapes[name]}"
-                )
-            continue
+    for name, index in parts["positions"].items():
+        values, size = parts["values"].get(name, parts[STEPS].get(name)), prod(shapes[name])
         if (
             index.dtype not in (torch.int32, torch.int64)
             or index.dim() != 1
             or index.shape != values.shape
         ):
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
-        _check_positions(name, index, prod(shapes[name]))
-    floats = [(name, t) for name, _, t in replaced_by(parts) if name not in parts["buffers"]]
+        if not increasing(index, size):
+            raise DeltaError(
+                f"delta's positions in {name!r} must increase strictly within [0, {size})"
+            )
+    for name, tensor in [item for part in PARTS[2:] for item in parts[part].items()]:
+        if list(tensor.shape) != shapes[name]:
+            raise DeltaError(
+                f"delta's {name!r} has shape {list(tensor.shape)}, its metadata say {shapes[name]}"
+            )
+    floats = [item for part in ("values", "dense", "head") for item in parts[part].items()]
     small = [(name, t) for name, pieces in parts[MODULES].items() for t in pieces.values()]
     for name, tensor in floats + small:
         if not tensor.is_floating_point():

@@ -131,7 +131,7 @@ def moved(model, seed, share=0.1):
 
 
 def state(model):
-    return {name: bits(t).clone() for name, t in sl.snapshot(model).items()}
+    return {name: bits(t.cpu()).clone() for name, t in sl.snapshot(model).items()}
 
 
 def same(one, other):
@@ -152,9 +152,9 @@ def shipped(tmp_path):
 CODED = {"first.weight", "second.weight", "second.bias"}
 
 
-def test_apply_and_revert_give_every_bit(shipped):
+def test_apply_and_revert_give_every_bit(shipped, device):
     base, tuned, _, paths = shipped
-    before = state(base)
+    base, before = base.to(device), state(base)
     tensors = load_bytes(paths["gap-lzma"].read_bytes())
     assert {name for name in tensors if name.startswith("values/")} == {"values/third.weight"}
     applied = sl.load(paths["gap-lzma"]).apply(base)
