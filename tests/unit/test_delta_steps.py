@@ -180,7 +180,7 @@ def test_values_that_need_the_base_are_refused_until_it_is_there(shipped, tmp_pa
     loaded = sl.load(paths["gap-lzma"])
     refused = [
         lambda: loaded.values["first.weight"],
-        lambda: list(loaded.values),
+        lambda: next(iter(loaded.values)),
         lambda: len(loaded.values),
         lambda: loaded.values.get("third.weight"),
         lambda: {**loaded.values},
@@ -412,6 +412,17 @@ def test_hostile_numbers_of_steps_are_refused(shipped, change):
 def test_hostile_streams_are_refused(shipped, tensors):
     with pytest.raises(sl.DeltaError):
         sl.load(forged(shipped[3]["gap-lzma"], tensors, {}))
+
+
+def test_streams_of_no_steps_are_refused(tmp_path):
+    base, tuned = nn.Linear(3, 3), nn.Linear(3, 3)
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        tuned.weight[0, 0] += 1
+    sl.diff(base, tuned, head=()).save(tmp_path / "delta", "gap-lzma")
+    for name in ("directions", "lengths"):
+        with pytest.raises(sl.DeltaError, match="delta's streams must be bytes, and"):
+            sl.load(forged(tmp_path / "delta", {name: torch.zeros(3, dtype=torch.uint8)}, {}))
 
 
 def test_the_dtype_that_a_file_says_must_be_the_model_s(shipped):
