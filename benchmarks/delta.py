@@ -1,8 +1,10 @@
-"""Benchmark: a delta of 0.5 % of a BERT of MiniLM's size: bytes and seconds."""
+"""Benchmark: deltas of 0.5 % of a BERT of MiniLM's size, and of one step of MiniLM in bfloat16."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import lzma
 import math
 import statistics
 import tempfile
@@ -12,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import selective_lite as sl
 from selective_lite.lab import results
-from selective_lite.ship.file import Encoding
+from selective_lite.lab.data.sentiment import load_task
+from selective_lite.lab.models import load_classifier
+from selective_lite.ship.file import Encoding, raw
 
 SIZES = {
     "hidden_size": 384,
@@ -29,11 +34,13 @@ SIZES = {
 CONFIG = {"sizes": SIZES, "budget": 0.005, "warmup": 3, "rounds": 25}
 ROOTS = [
     "ship/delta.py:Delta",
-    "ship/delta.py:diff",
+    "ship/diff.py:diff",
     "ship/delta.py:load",
     "selection.py:select",
     "methods/controls.py:random_scores",
 ]
+HALF = {"model": "minilm", "task": "movies", "batch_size": 32, "rate": 3e-6}
+HALF_ROOTS = [*ROOTS[:3], "lab/data/sentiment.py:load_task", "lab/models.py:load_classifier"]
 ENCODINGS: tuple[Encoding, ...] = ("flat", "gap-lzma")
 
 
@@ -101,6 +108,42 @@ def run(config: Mapping[str, Any]) -> results.Row:
     }
 
 
+def run_half(config: Mapping[str, Any]) -> results.Row:
+    """Bytes of one step of AdamW on float32 weights, as bfloat16 before and after; no clock runs.
+
+    Beside ours are those of the exclusive or of all bits, compressed: what needs no positions.
+    """
+    tuned, tokenizer = load_classifier(config["model"])
+    tuned = tuned.cpu()
+    base = copy.deepcopy(tuned).bfloat16()
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=config["rate"])
+    task = load_task(config["task"], tokenizer)
+    tuned(**next(iter(task.train.batches(config["batch_size"])))).loss.backward()
+    optimizer.step()
+    delta = sl.diff(base, tuned.bfloat16(), method="one step")
+    before = b"".join(raw(p) for p in base.parameters())
+    after = b"".join(raw(p) for p in tuned.parameters())
+    xor = (np.frombuffer(before, np.uint8) ^ np.frombuffer(after, np.uint8)).tobytes()
+    sizes = {"xor, LZMA": len(lzma.compress(xor))}
+    if importlib.util.find_spec("zstandard"):
+        zstandard = importlib.import_module("zstandard")
+        sizes["xor, zstd"] = len(zstandard.ZstdCompressor(level=19).compress(xor))
+    with tempfile.TemporaryDirectory() as folder:
+        for encoding in ENCODINGS:
+            delta.save(path := Path(folder) / encoding, encoding)
+            sizes[encoding] = path.stat().st_size
+        with sl.load(path).apply(base):
+            assert b"".join(raw(p) for p in base.parameters()) == after
+    k, total = delta.count, delta.metadata["total"]
+    return {
+        "k": k,
+        "total": total,
+        "entropy_bound": round(entropy_bound(total, k)),
+        "directions": round(k / 8),
+        "bytes": sizes,
+    }
+
+
 if __name__ == "__main__":
     row = results.run_missing("delta", [CONFIG], run, lambda config: ROOTS)[0]
     print(f"{row['k']:,} of {row['total']:,} weights")
@@ -110,3 +153,9 @@ if __name__ == "__main__":
         print(f"{encoding:16} {row['bytes'][encoding]:9,} bytes {share}")
     for verb, median_seconds in row["median_seconds"].items():
         print(f"{verb:16} {1000 * median_seconds:9.1f} ms")
+    half = results.run_missing("delta_half", [HALF], run_half, lambda config: HALF_ROOTS)[0]
+    share = half["k"] / half["total"]
+    print(f"one step in bfloat16: {half['k']:,} of {half['total']:,} weights, {share:.2%}")
+    print(f"entropy of their positions: {half['entropy_bound']:,} bytes")
+    for encoding, size in half["bytes"].items():
+        print(f"{encoding:16} {size:9,} bytes")

@@ -47,6 +47,12 @@ def delta() -> Iterator[Line]:
             yield f"delta, {verb}", 1e3 * row["median_seconds"][verb], 20, "ms"
 
 
+def delta_half() -> Iterator[Line]:
+    """A file of what one step of AdamW at 3e-6 changes in MiniLM in bfloat16."""
+    for row in results.read("delta_half"):
+        yield "delta file of a bfloat16 step", row["bytes"]["gap-lzma"] / 1e6, 0.77, "MB"
+
+
 def peak_memory() -> Iterator[Line]:
     """Peak memory of a step of SmolLM2-135M over the loaded model, against that of other ways."""
     peaks = {
@@ -86,7 +92,7 @@ def importing() -> Iterator[Line]:
 
 
 if __name__ == "__main__":
-    for measure in (masked_step, peak_memory, delta, selecting, importing):
+    for measure in (masked_step, peak_memory, delta, delta_half, selecting, importing):
         rows = results.read(measure.__name__)
         devices = ", ".join(sorted({row["device"] for row in rows}))
         print(f"{measure.__doc__} On {devices or 'nothing yet'}.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import selective_lite as sl
 from selective_lite.lab.models import load_classifier, load_language_model
 from selective_lite.ship.base import at, tensors_of
-from selective_lite.ship.delta import assemble
+from selective_lite.ship.diff import assemble
 from selective_lite.ship.file import digest, read
 from selective_lite.ship.positions import unpack
 

@@ -41,9 +41,10 @@ from .scores import (
     taylor,
 )
 from .selection import Selection, select, select_tensors
-from .ship.arithmetic import combine
-from .ship.delta import Delta, diff, load
+from .ship.arithmetic import combine, compose
+from .ship.delta import Delta, load
 from .ship.describe import describe
+from .ship.diff import diff
 from .ship.file import DeltaError
 from .ship.peft import to_shira
 from .ship.tuning import Tuning, masked
@@ -111,6 +112,7 @@ __all__ = [  # noqa: RUF022 - by verb
     "Delta",
     "DeltaError",
     "combine",
+    "compose",
     "describe",
     "diff",
     "hf",

@@ -81,8 +81,8 @@ def from_delta(
         raise OSError(f"base {place!r} cannot be loaded; give base=, a folder: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    delta.apply(model)
-    return model.eval(), delta
+    applied = delta.apply(model)
+    return model.eval(), applied.delta
 
 
 def _tuning(model: Any) -> Tuning:

@@ -1,4 +1,4 @@
-"""Arithmetic: one delta from several, the weighted sum of their differences.
+"""Arithmetic: one delta from several, as a chain or as the weighted sum of their differences.
 
 Task arithmetic (Ilharco et al. 2023).
 """
@@ -7,13 +7,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.small import adapters
 from .base import at, tensors_of
-from .delta import Delta, assemble
-from .file import bits
+from .delta import Delta
+from .diff import assemble
+from .file import DeltaError, bits
+
+
+def compose(base: nn.Module, deltas: Sequence[Delta]) -> Delta:
+    """The delta that does at once what several ones do in turn: 0 -> 1 -> 2 as 0 -> 2, to the bit.
+
+    It is what `diff` from the base to the last model gives: what ends where it began is not in it,
+    and of a float32 value for a half-precision weight it has what applying makes of it.
+
+    Parameters
+    ----------
+    base
+        The model that the first delta was made from. The deltas go in, each checked against what
+        those before it give, and are taken out: no bit of it has changed when this is left.
+    deltas
+        At least one, each made from the model that those before it give.
+
+    Raises
+    ------
+    DeltaError
+        If a delta does not go onto what those before it give, such as a second small module into
+        one layer, or the base lacks its head; it says which delta, and where.
+    ValueError
+        If there is no delta, the base has small modules, or all changes cancel out.
+    """
+    if not deltas:
+        raise ValueError("deltas=[] must hold at least one delta")
+    if small := adapters(base):
+        raise ValueError(f"base has a small module at {min(small)!r}; merge or remove it")
+    tensors, places = tensors_of(base), dict[str, Tensor]()
+    head, buffers = set[str](), set[str]()
+    with ExitStack() as stack:
+        for i, delta in enumerate(deltas):
+            try:
+                if left_out := delta.names(base).left_out:
+                    raise DeltaError(f"base has no {left_out[0]!r}; load the class that was tuned")
+                names = stack.enter_context(delta.apply(base)).names
+            except DeltaError as error:
+                raise DeltaError(
+                    f"deltas[{i}] does not go onto what is before it: {error}"
+                ) from None
+            for name, where in delta.places().items():
+                own = names[name]
+                if where is None:
+                    where = torch.arange(tensors[own].numel(), device="cpu")
+                places[own] = torch.cat([places.get(own, where[:0]), where.long()]).unique()
+            head |= {names[name] for name in delta.head}
+            buffers |= {names[name] for name in delta.buffers}
+        after = {name: at(tensors[name], places[name]) for name in tensors if name in places}
+        small = adapters(base)
+    # The base is as it was.
+    changed, whole = {}, dict[str, Tensor]()
+    for name, values in after.items():
+        moved = bits(values) != bits(at(tensors[name], places[name]))
+        if name not in head | buffers:
+            changed[name] = places[name][moved], values[moved]
+        elif name in head or moved.any():
+            whole[name] = values.reshape(tensors[name].shape)
+    return assemble(
+        base,
+        lambda name, where: at(tensors[name], where),
+        changed,
+        {name: tensor for name, tensor in whole.items() if name in head},
+        {name: tensor for name, tensor in whole.items() if name not in head},
+        method=", then ".join(delta.metadata["method"] or "not said" for delta in deltas),
+        total=deltas[0].metadata["total"],
+        small=small,
+    )
 
 
 def combine(
@@ -56,14 +126,16 @@ def combine(
         )
     if head is not None and head not in range(len(deltas)):
         raise ValueError(f"head={head} is not an index of {len(deltas)} deltas")
-    names = []
+    names, deltas = [], list(deltas)
     for i, delta in enumerate(deltas):
         if delta.modules:
             raise ValueError(
                 f"deltas[{i}] has small modules, which are not a difference of a weight; "
                 "merge_adapters in the tuned model, then diff again"
             )
-        names.append(delta.check(base)[0].found)
+        places, before = delta.check(base)
+        names.append(places.found)
+        deltas[i] = delta.with_base(before)
     tensors = tensors_of(base)
     heads = _chosen("heads", [delta.head for delta in deltas], head, names, tensors)
     buffers = _chosen("buffers", [delta.buffers for delta in deltas], head, names, tensors)

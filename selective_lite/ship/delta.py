@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.sampled import index_dtype
 from ..layers.masked import training_of
-from ..layers.small import (
-    KINDS,
-    adapter_parameters,
-    adapters,
-    add_adapters,
-    find_layers,
-    remove_adapters,
-)
-from ..params import head_weights, named_buffers, ties, unwrap, weights
+from ..layers.small import adapters, add_adapters, find_layers, remove_adapters
+from ..params import unwrap, weights
 from ..selection import Selection
-from .base import (
-    Names,
-    at,
-    base_of,
-    check_tensor,
-    find_names,
-    fingerprint,
-    library_version,
-    tensors_of,
-)
+from .base import Names, at, check_tensor, find_names, fingerprint, tensors_of
 from .file import (
+    CODED,
     MODULES,
     PARTS,
+    STEPS,
     DeltaError,
     Encoding,
     bits,
@@ -50,10 +35,35 @@ from .file import (
     encode,
     fits,
     flat_names,
-    replaced_by,
+    step_dtypes,
 )
+from .steps import HALVES, stepped
 
 Reader = Callable[[str, "Tensor | None"], Tensor]  # (name, positions or None for all) -> values
+
+
+class Coded(Mapping[str, Tensor]):
+    """Values that are steps from the base's: whoever looks at them is told so, and misses none.
+
+    Attributes
+    ----------
+    known
+        ``{name: values}``, of the tensors that are not coded.
+    steps
+        ``{name: int16 steps}``, of those that are; see `steps_between`.
+    """
+
+    def __init__(self, known: dict[str, Tensor], steps: dict[str, Tensor]) -> None:
+        self.known, self.steps = known, steps
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise DeltaError(CODED)
+
+    def __iter__(self) -> Iterator[str]:
+        raise DeltaError(CODED)
+
+    def __len__(self) -> int:
+        raise DeltaError(CODED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +74,9 @@ class Delta:
     ----------
     positions, values
         ``{name: int32 or int64}`` and ``{name: tuned values}``; values replace the base's, they are
-        not differences. They have the base's dtype, or are float32 for a half-precision base.
+        not differences. They have the base's dtype, or are float32 for a half-precision base. Where
+        a compressed file coded them against the base's, looking at them raises a `DeltaError` until
+        `resolve`.
     dense
         ``{name: tensor}``, tensors of the base that changed everywhere.
     head
@@ -77,27 +89,35 @@ class Delta:
         the start of a SHA-256 of the base's own values that are replaced, and of some of a matrix
         that has a small module. With small modules also ``modules``, ``{weight name: {"kind":
         "lora" or "adapter", "rank": int}}``; where float32 values stand for a half-precision base
-        ``rounds_to``, ``{name: dtype}``; and ``complete`` if every selected weight is there,
+        ``rounds_to``, ``{name: dtype}``; where values are coded against the base's ``steps``,
+        ``{dtype: {name: number of values}}``; and ``complete`` if every selected weight is there,
         whether it moved or not.
     modules
         ``{weight name: {part: tensor}}``, the small modules of `adapters`; the weights they belong
         to are the base's.
     buffers
         ``{name: tensor}``, persistent buffers that changed, such as batch-norm statistics.
+    before
+        ``{name: values}``, the base's own at the positions in half-precision tensors, where they
+        are known: what a compressed file codes `values` against.
     """
 
     positions: dict[str, Tensor]
-    values: dict[str, Tensor]
+    values: Mapping[str, Tensor]
     dense: dict[str, Tensor]
     head: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Any]:
-        """``{part: tensors by name}``, the attributes that hold tensors."""
-        return {part: getattr(self, part) for part in (*PARTS, MODULES)}
+        """``{part: tensors by name}``, as files hold them: values, or ``steps`` of coded ones."""
+        found = {part: getattr(self, part) for part in (*PARTS, MODULES)}
+        if isinstance(self.values, Coded):
+            return found | {"values": self.values.known, STEPS: self.values.steps}
+        return found | {STEPS: {}}
 
     @property
     def count(self) -> int:
@@ -106,18 +126,32 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors as they are stored."""
-        return sum(t.numel() * t.element_size() for t in flat_names(self.parts).values())
+        """Bytes of the tensors as they are in a flat file."""
+        parts = self.parts
+        tensors = (*flat_names(parts).values(), *parts[STEPS].values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def places(self) -> dict[str, Tensor | None]:
+        """Where the base's values are replaced, ``{name: positions or None for all}``."""
+        return {**self.positions, **dict.fromkeys((*self.dense, *self.head, *self.buffers))}
 
     def replaced(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """What replaces the base's values, ``{name: (positions or None for all, values)}``."""
-        return {name: (where, values) for name, where, values in replaced_by(self.parts)}
+        """What replaces the base's values, ``{name: (positions or None for all, values)}``.
+
+        Raises
+        ------
+        DeltaError
+            If values are coded against the base's.
+        """
+        tensors = {**self.values, **self.dense, **self.head, **self.buffers}
+        return {name: (where, tensors[name]) for name, where in self.places().items()}
 
     def base_dtypes(self) -> dict[str, str]:
         """The dtype of every tensor of the base, by name, such as ``"torch.float32"``."""
-        small = {n: str(t.dtype) for n, pieces in self.modules.items() for t in pieces.values()}
-        found = {name: str(values.dtype) for name, (_, values) in self.replaced().items()}
-        return {**small, **found, **self.metadata.get("rounds_to", {})}
+        small = {name: t for name, pieces in self.modules.items() for t in pieces.values()}
+        found = {**small, **self.dense, **self.head, **self.buffers, **self.parts["values"]}
+        dtypes = {name: str(tensor.dtype) for name, tensor in found.items()}
+        return {**dtypes, **self.metadata.get("rounds_to", {}), **step_dtypes(self.metadata)}
 
     def save(self, path: str | os.PathLike, encoding: Encoding = "flat") -> None:
         """Write the delta as safetensors, with a SHA-256 over all of it; complete or not at all.
@@ -127,15 +161,18 @@ class Delta:
         path
             Path of the file; one that is there is replaced.
         encoding
-            ``"flat"`` stores positions as they are, for every tool to read; ``"gap-lzma"`` as
-            compressed gaps, in a third of the bytes.
+            ``"flat"`` stores positions and values as they are, for every tool to read;
+            ``"gap-lzma"`` positions as compressed gaps, in a third of the bytes, and half-precision
+            values as steps from the base's, in about two bits each after training at a low rate.
 
         Raises
         ------
         ValueError
-            If `encoding` is another one.
+            If `encoding` is another one, or the base's values are not known that it codes against,
+            or (a `DeltaError`) ``"flat"`` those that it is to store: `resolve` first. Nothing is
+            written.
         """
-        encode(path, self.parts, self.metadata, encoding)
+        encode(path, self.parts, self.before, self.metadata, encoding)
 
     def apply(self, model: nn.Module) -> Applied:
         """Put the tuned values, buffers and small modules into a model, in place.
@@ -161,6 +198,28 @@ class Delta:
             module, or the model is in masked training. The model is unchanged.
         """
         return Applied(self, model)
+
+    def resolve(self, model: nn.Module) -> Delta:
+        """The delta with its values and the base's, so that it can be looked at and saved anyhow.
+
+        Only half-precision values from a file need it: of a compressed one the values are not
+        known without the base, of a flat one the base's are not.
+
+        Parameters
+        ----------
+        model
+            The base; it is checked as by `apply`, with the same errors, and not changed.
+        """
+        return self.with_base(self.check(model)[1])
+
+    def with_base(self, found: Mapping[str, Tensor]) -> Delta:
+        """As `resolve`, by the base's values (see `base_values`), which must have been checked."""
+        parts = self.parts
+        steps = {name: stepped(found[name], steps) for name, steps in parts[STEPS].items()}
+        values = {**parts["values"], **steps}
+        before = {n: found[n] for n in values if values[n].dtype in HALVES}
+        metadata = {key: said for key, said in self.metadata.items() if key != STEPS}
+        return replace(self, values=values, before=before, metadata=metadata)
 
     def base_values(self, model: nn.Module) -> dict[str, Tensor]:
         """The base's own values where this delta replaces them, on the CPU; errors as `apply`.
@@ -216,7 +275,7 @@ class Delta:
                 "it with tuning.resume(delta)"
             )
         names = self.names(model)
-        dtypes, replaced = self.base_dtypes(), self.replaced()
+        dtypes, places = self.base_dtypes(), self.places()
         for name, own in names.found.items():
             shape = self.metadata["shapes"][name]
             check_tensor(own, names.tensors[own], shape, dtypes[name], own in names.tables)
@@ -226,7 +285,7 @@ class Delta:
         def read(name: str, where: Tensor | None) -> Tensor:
             return at(names.tensors[names.found[name]], where)
 
-        values = {name: read(name, replaced[name][0]) for name in names.found if name in replaced}
+        values = {name: read(name, places[name]) for name in names.found if name in places}
         self.check_base(read, values, names.found)
         return names, values
 
@@ -246,7 +305,7 @@ class Delta:
         """
         body = body_of(self.parts)
         for name, expected in zip(body, self.metadata["fingerprints"], strict=True):
-            if fingerprint(found.get(name), self._sampled(name, read)) != expected:
+            if fingerprint(found.get(name), self.sampled(name, read)) != expected:
                 raise DeltaError(
                     f"model's {names[name]!r} is not the base's at the replaced positions: "
                     "model is not the base that this delta was made from (or already carries a "
@@ -254,7 +313,7 @@ class Delta:
                     "copy them from the tuned one, or ship that tensor whole (head=)"
                 )
 
-    def _sampled(self, name: str, read: Reader) -> Tensor | None:
+    def sampled(self, name: str, read: Reader) -> Tensor | None:
         """Some values of a matrix that has a small module, evenly spread."""
         if name not in self.modules:
             return None
@@ -278,16 +337,25 @@ class Delta:
 
 
 class Applied:
-    """A delta in a model; keeps the k original values, so that `revert` is exact."""
+    """A delta in a model; keeps the k original values, so that `revert` is exact.
+
+    Attributes
+    ----------
+    delta
+        The delta, with its values, even if its file codes them against the base's.
+    names
+        ``{name in the delta: name in the model}``.
+    """
 
     def __init__(self, delta: Delta, model: nn.Module) -> None:
-        self._delta, self._model = delta, unwrap(model)
+        self.delta, self._model = delta, unwrap(model)
         self._put()
 
     def _put(self) -> None:
-        delta, model = self._delta, self._model
-        names, self._original = delta.check(model)
-        self._names, self._reverted = names.found, False
+        model = self._model
+        names, self._original = self.delta.check(model)
+        self.delta = delta = self.delta.with_base(self._original)
+        self.names, self._reverted = names.found, False
         self._modules: dict[str, nn.Module] = {}
         if names.left_out:
             warnings.warn(
@@ -305,9 +373,9 @@ class Applied:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        replaced = self._delta.replaced()
+        places = self.delta.places()
         for name, new in values.items():
-            tensor, where = tensors[self._names[name]], replaced[name][0]
+            tensor, where = tensors[self.names[name]], places[name]
             if where is None:
                 tensor.copy_(new.reshape(tensor.shape))
             else:
@@ -325,12 +393,12 @@ class Applied:
         """
         if self._reverted:
             return
-        delta, model = self._delta, self._model
+        delta, model = self.delta, self._model
         if training_of(model) is not None:
             raise DeltaError("model is in masked training; leave that first, then revert")
         found = adapters(model) if self._modules else {}
         for name, module in self._modules.items():
-            if found.get(self._names[name]) is not module:
+            if found.get(self.names[name]) is not module:
                 raise DeltaError(
                     f"{name!r} no longer has this delta's small module; put it back or reload the "
                     "base"
@@ -341,9 +409,9 @@ class Applied:
         tensors, replaced = tensors_of(model), delta.replaced()
         for name in self._original:
             where, values = replaced[name]
-            _expect(name, at(tensors[self._names[name]], where), values)
+            _expect(name, at(tensors[self.names[name]], where), values)
         if self._modules:
-            remove_adapters(model, [self._names[name] for name in self._modules])
+            remove_adapters(model, [self.names[name] for name in self._modules])
         self._write(self._original, tensors)
         self._original, self._reverted = {}, True
 
@@ -377,195 +445,6 @@ def _expect(name: str, found: Tensor, value: Tensor) -> None:
         )
 
 
-def diff(
-    base: nn.Module | Mapping[str, Tensor],
-    tuned: nn.Module,
-    *,
-    head: Sequence[str] | None = None,
-    method: str = "",
-) -> Delta:
-    """The delta from a base to a tuned model: every value whose bits differ, and small modules.
-
-    In masked training, `tuned` is what it would be if training ended now.
-
-    Parameters
-    ----------
-    base
-        The model before, or its `snapshot`.
-    tuned
-        The model after.
-    head
-        Prefixes of the task head, as in `weights`; the head is stored whole.
-    method
-        How it was tuned, for the reader of the file.
-
-    Raises
-    ------
-    ValueError
-        If base and tuned do not have the same tensors, shapes and dtypes, or nothing differs, or
-        the base has small modules of its own.
-
-    Warns
-    -----
-    UserWarning
-        If `base` is a mapping without any of the model's buffers: what changed in them is not
-        shipped.
-    """
-    before = tensors_of(base) if isinstance(base, nn.Module) else dict(base)
-    own = adapter_parameters(tuned)
-    if (isinstance(base, nn.Module) and adapters(base)) or any(name in before for name in own):
-        raise ValueError(
-            "base has small modules; merge or remove them, so that it is an ordinary model"
-        )
-    training = training_of(tuned)
-    now = {} if training is None else training.values()
-    index = {} if training is None else training.selection.indices
-
-    def after(name: str, tensor: Tensor) -> Tensor:
-        """A tensor as it is now, on the CPU, flat; masked training may not have written it yet."""
-        flat = at(tensor)
-        if name in now and now[name].numel() == len(flat):
-            return now[name].reshape(-1)
-        return flat.index_copy_(0, index[name], now[name]) if name in now else flat
-
-    candidates = weights(tuned, head, with_frozen=True)
-    compared: dict[str, Tensor] = {name: p for name, p in candidates.items() if name not in own}
-    buffers = named_buffers(tuned)
-    if buffers and not any(name in before for name in buffers):
-        warnings.warn(
-            f"base holds no buffers, such as {next(iter(buffers))!r}; what changed in them is not "
-            "shipped. Give the base, or its snapshot with buffers",
-            stacklevel=2,
-        )
-        buffers = {}
-    changed, moved = {}, dict[str, Tensor]()
-    for name, tensor in {**compared, **buffers}.items():
-        start = before.get(name)
-        if start is None or start.shape != tensor.shape or start.dtype != tensor.dtype:
-            raise ValueError(
-                f"base has no {name!r} of shape {tuple(tensor.shape)} and {tensor.dtype}"
-            )
-        if start.is_meta or tensor.is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device (offloaded?), which holds no values; load the "
-                "whole model first"
-            )
-        flat = after(name, tensor)
-        where = (bits(flat) != bits(start.cpu()).reshape(-1)).nonzero().squeeze(1)
-        if name in buffers:
-            moved |= {name: flat.reshape(tensor.shape)} if len(where) else {}
-        else:
-            changed[name] = where, flat[where]
-    heads = {
-        name: after(name, p).reshape(p.shape)
-        for name, p in head_weights(tuned, head).items()
-        if name not in own
-    }
-    total = sum(p.numel() for name, p in weights(tuned, head).items() if name not in own)
-    return assemble(
-        tuned,
-        lambda name, where: at(before[name], where),
-        changed,
-        heads,
-        moved,
-        method=method,
-        total=total if training is None else training.total,
-        base=base if isinstance(base, nn.Module) else tuned,
-        small=adapters(tuned),
-    )
-
-
-def assemble(
-    model: nn.Module,
-    start: Reader,
-    changed: Mapping[str, tuple[Tensor, Tensor]],
-    head: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    *,
-    method: str,
-    total: int,
-    base: nn.Module | None = None,
-    small: Mapping[str, Any] | None = None,
-) -> Delta:
-    """The delta of values that are known to have changed.
-
-    Parameters
-    ----------
-    model
-        A model of the base's names, shapes and dtypes.
-    start
-        ``(name, positions or None for all) -> the base's values``, on the CPU, flat.
-    changed
-        ``{name: (sorted positions, values)}``, outside the head; none where nothing changed.
-    head, buffers
-        ``{name: tensor}`` on the CPU, whole.
-    method, total
-        For the metadata: how it was tuned, and how many candidates there were.
-    base
-        The model that says what the base is; default `model`.
-    small
-        ``{weight name: small module}``.
-
-    Raises
-    ------
-    ValueError
-        If nothing changed and there is no head, or a small module cannot be stored.
-    """
-    tensors, small, tied = tensors_of(model), small or {}, ties(model)
-    for name, module in small.items():
-        if module.kind not in KINDS:
-            raise ValueError(
-                f"tuned has a small module of kind {module.kind!r} at {name!r}; merge it first"
-            )
-        if any(p.dtype != tensors[name].dtype for p in module.parameters()):
-            raise ValueError(
-                f"tuned has a small module of another dtype than {name!r}; convert the whole model"
-            )
-    positions, values, dense = {}, {}, {}
-    for name, (where, new) in changed.items():
-        size = tensors[name].numel()
-        if len(where) == size:
-            dense[name] = new.reshape(tensors[name].shape)
-        elif len(where):
-            positions[name], values[name] = where.to(index_dtype(size)), new
-    if not (values or dense or head or buffers or small):
-        raise ValueError("base and tuned are equal bit by bit; there is nothing to store")
-    modules = {
-        name: {piece: p.detach().cpu().clone() for piece, p in module.named_parameters()}
-        for name, module in small.items()
-    }
-    stored = dict.fromkeys((*values, *dense, *head, *buffers, *small))
-    metadata: dict[str, Any] = {
-        "encoding": "flat",
-        "library": library_version(),
-        "base": base_of(model if base is None else base),
-        "method": method,
-        "total": total,
-        "shapes": {name: list(tensors[name].shape) for name in stored},
-        "ties": {name: tied[name] for name in stored if name in tied},
-    }
-    delta = Delta(positions, values, dense, head, metadata, modules, buffers)
-    rounded = {
-        name: str(tensors[name].dtype)
-        for name, (_, new) in delta.replaced().items()
-        if new.dtype != tensors[name].dtype
-    }
-    metadata |= {"rounds_to": rounded} if rounded else {}
-    if small:
-        specs = {name: {"kind": m.kind, "rank": m.rank} for name, m in small.items()}
-        metadata[MODULES] = specs
-    metadata["k"] = delta.count
-    replaced = delta.replaced()
-    metadata["fingerprints"] = [
-        fingerprint(
-            start(name, replaced[name][0]) if name in replaced else None,
-            delta._sampled(name, start),
-        )
-        for name in body_of(delta.parts)
-    ]
-    return delta
-
-
 def load(path: str | os.PathLike) -> Delta:
     """Read a delta file and check all of it: checksum, names, shapes, dtypes, every position.
 
@@ -574,4 +453,7 @@ def load(path: str | os.PathLike) -> Delta:
     DeltaError
         If anything is wrong with the file; it says what.
     """
-    return Delta(**decode(path))
+    parts = decode(path)
+    if steps := parts.pop(STEPS):
+        parts["values"] = Coded(parts["values"], steps)
+    return Delta(**parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..params import layer_of
 from .delta import Delta, load
-from .file import MODULES, flat_names
+from .file import MODULES, STEPS, flat_names
 
 LABELS = 8  # how many a line has room for
 
@@ -40,8 +40,8 @@ def describe(delta: Delta | str | os.PathLike, *, tensors: int = 10) -> str:
     """
     path, delta = (None, delta) if isinstance(delta, Delta) else (Path(delta), load(delta))
     metadata = delta.metadata
-    replaced = {**delta.values, **delta.dense}
-    counts = {name: values.numel() for name, values in replaced.items()}
+    replaced = {**delta.positions, **delta.dense}
+    counts = {name: tensor.numel() for name, tensor in replaced.items()}
     k, total = sum(counts.values()), metadata["total"]
     small = Counter(f"{s['kind']} of rank {s['rank']}" for s in metadata.get(MODULES, {}).values())
     stored = f", file {path.stat().st_size:,} bytes" if path else ""
@@ -112,4 +112,5 @@ def _bytes(delta: Delta) -> dict[str, int]:
     found = dict.fromkeys(delta.parts, 0)
     for key, tensor in flat_names(delta.parts).items():
         found[key.partition("/")[0]] += tensor.numel() * tensor.element_size()
+    found[STEPS] = sum(t.numel() * t.element_size() for t in delta.parts[STEPS].values())
     return found

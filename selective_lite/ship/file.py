@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,12 +24,17 @@ from torch import Tensor
 from ..kernels.sampled import index_dtype
 from ..layers.small import KINDS, part_shapes
 from .positions import increasing, pack, unpack
+from .steps import HALVES, pack_steps, steps_between, unpack_steps
 
 Encoding = Literal["flat", "gap-lzma"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 PARTS = ("positions", "values", "dense", "head", "buffers")  # of `Delta`, {name: tensor} each
-MODULES, GAPS = "modules", "gaps"
-HALVES = ("torch.float16", "torch.bfloat16")
+MODULES, STEPS = "modules", "steps"
+STREAMS = ("gaps", "directions", "lengths")  # of the compressed encoding, beside its tensors
+CODED = (
+    "delta's values are coded against its base's: delta.resolve(base) knows them (apply resolves "
+    "them itself)"
+)
 KEYS = {
     "method": str,
     "library": str,
@@ -136,16 +141,39 @@ def flat_names(parts: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def encode(
-    path: str | os.PathLike, parts: Mapping[str, Any], metadata: dict, encoding: Encoding
+    path: str | os.PathLike,
+    parts: Mapping[str, Any],
+    before: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    encoding: Encoding,
 ) -> None:
-    """Write a delta's parts; arguments and errors as `Delta.save`."""
+    """Write a delta's parts; `before` are its base's values; other arguments as `Delta.save`."""
     if encoding not in ENCODINGS:
         raise ValueError(f"encoding={encoding!r} is unknown; choose one of {ENCODINGS}")
-    tensors = flat_names(parts)
+    positions, values, steps = parts["positions"], dict(parts["values"]), dict(parts[STEPS])
+    metadata = {**metadata, "encoding": encoding}
+    if encoding == "flat" and steps:
+        raise DeltaError(CODED)
+    streams: dict[str, Tensor] = {}
     if encoding == "gap-lzma":
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("positions/")}
-        tensors[GAPS] = pack([parts["positions"][name] for name in sorted(parts["values"])])
-    write(path, tensors, {**metadata, "encoding": encoding})
+        counts = {dtype: dict(named) for dtype, named in metadata.pop(STEPS, {}).items()}
+        for name in sorted(name for name in values if values[name].dtype in HALVES):
+            if name not in before:
+                raise ValueError(
+                    f"encoding={encoding!r} codes half-precision values against the base's, and "
+                    f"those of {name!r} are not known: delta.resolve(base).save(...)"
+                )
+            new = values.pop(name)
+            steps[name] = steps_between(before[name], new)
+            counts.setdefault(str(new.dtype), {})[name] = len(new)
+        streams["gaps"] = pack([positions[name] for name in sorted(positions)])
+        if steps:
+            joined = torch.cat([steps[name] for name in sorted(steps)])
+            streams["directions"], streams["lengths"] = pack_steps(joined)
+            metadata[STEPS] = counts
+        positions = {}
+    tensors = flat_names({**parts, "positions": positions, "values": values})
+    write(path, {**tensors, **streams}, metadata)
 
 
 def decode(path: str | os.PathLike) -> dict[str, Any]:
@@ -154,9 +182,10 @@ def decode(path: str | os.PathLike) -> dict[str, Any]:
     encoding = metadata.get("encoding")
     if encoding not in ENCODINGS:
         raise DeltaError(f"{path} has encoding {encoding!r}, this library reads {ENCODINGS}")
-    stream = tensors.pop(GAPS, None) if encoding == "gap-lzma" else None
-    known = PARTS[1:] if encoding == "gap-lzma" else PARTS
-    parts: dict[str, Any] = {part: {} for part in (*PARTS, MODULES)}
+    compressed = encoding == "gap-lzma"
+    known = PARTS[1:] if compressed else PARTS
+    streams = {key: tensors.pop(key) for key in STREAMS if compressed and key in tensors}
+    parts: dict[str, Any] = {part: {} for part in (*PARTS, MODULES, STEPS)}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         if part == MODULES:
@@ -168,33 +197,32 @@ def decode(path: str | os.PathLike) -> dict[str, Any]:
             raise DeltaError(f"{path} holds an unknown tensor {key!r}")
     try:
         _check_metadata(metadata)
+        if compressed:
+            _unpack(parts, metadata, streams)
         _check_names(parts, metadata)
-        if encoding == "gap-lzma":
-            _unpack(parts, metadata["shapes"], stream)
         _check_tensors(parts, metadata)
         _check_modules(parts[MODULES], metadata)
         if metadata["k"] != count(parts):
             raise DeltaError(f"{path} says {metadata['k']} weights, it holds {count(parts)}")
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DeltaError(f"{path} has incomplete metadata: {error!r}") from None
+    for name, index in parts["positions"].items():
+        parts["positions"][name] = index.to(index_dtype(prod(metadata["shapes"][name])))
     return {**parts, "metadata": metadata}
-
-
-def replaced_by(parts: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-    """What replaces a base's values: (name, positions or None for the whole tensor, new values)."""
-    for name, values in parts["values"].items():
-        yield name, parts["positions"][name], values
-    for part in ("dense", "head", "buffers"):
-        yield from ((name, None, tensor) for name, tensor in parts[part].items())
 
 
 def body_of(parts: Mapping[str, Any]) -> list[str]:
     """The sorted names of the base's tensors that a delta has a part of, its head left out."""
-    return sorted({*parts["values"], *parts["dense"], *parts["buffers"], *parts[MODULES]})
+    return sorted({*parts["positions"], *parts["dense"], *parts["buffers"], *parts[MODULES]})
+
+
+def step_dtypes(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The dtype of every tensor whose values a file holds as steps, by name."""
+    return {name: dtype for dtype, named in metadata.get(STEPS, {}).items() for name in named}
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    optional = {key: dict for key in (MODULES, "rounds_to") if key in metadata}
+    optional = {key: dict for key in (MODULES, "rounds_to", STEPS) if key in metadata}
     for key, kind in {**KEYS, **optional}.items():
         if type(metadata[key]) is not kind:
             found = type(metadata[key]).__name__
@@ -204,6 +232,14 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
             type(size) is int and 0 <= size < 2**63 for size in shape
         ):
             raise DeltaError(f"delta's shape of {name!r} is {shape}")
+    steps = metadata.get(STEPS, {})
+    numbers = [number for named in steps.values() for number in named.values()]
+    if (
+        not set(steps) <= {*map(str, HALVES)}
+        or len(step_dtypes(metadata)) != len(numbers)
+        or not all(type(number) is int and number > 0 for number in numbers)
+    ):
+        raise DeltaError(f"delta's numbers of steps are {steps!r:.80}")
     for texts in (metadata["fingerprints"], *metadata["ties"].values()):
         if type(texts) is not list or not all(type(text) is str for text in texts):
             raise DeltaError("delta's ties and fingerprints must be lists of texts")
@@ -218,72 +254,76 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
 
 
 def _check_names(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    stored = [*parts["values"], *parts["dense"], *parts["head"], *parts["buffers"]]
-    known, body = {*stored, *parts[MODULES]}, body_of(parts)
+    whole = [*parts["dense"], *parts["head"], *parts["buffers"]]
+    stored, coded = [*parts["values"], *parts[STEPS], *whole], step_dtypes(metadata)
+    known, rounds_to = {*stored, *parts[MODULES]}, metadata.get("rounds_to", {})
     if (
         len(set(stored)) != len(stored)
         or known != set(metadata["shapes"])
-        or not {*metadata["ties"], *metadata.get("rounds_to", {})} <= known
-        or len(metadata["fingerprints"]) != len(body)
+        or set(parts["positions"]) != {*parts["values"], *coded}
+        or set(coded) != set(parts[STEPS])
+        or not set(metadata["ties"]) <= known
+        or not set(rounds_to) <= known - set(coded)
+        or len(metadata["fingerprints"]) != len(body_of(parts))
     ):
         raise DeltaError("delta's tensors and its metadata do not name the same parameters")
 
 
-def _unpack(parts: Mapping[str, Any], shapes: Mapping[str, Any], stream: Tensor | None) -> None:
-    """Put the positions of a stream of gaps into the parts, checked, in the dtype of `diff`."""
-    names = sorted(parts["values"])
-    if (
-        stream is None
-        or stream.dtype != torch.uint8
-        or any(v.dim() != 1 for v in parts["values"].values())
+def _unpack(
+    parts: Mapping[str, Any], metadata: Mapping[str, Any], streams: Mapping[str, Tensor]
+) -> None:
+    """Put the positions and steps that streams hold into the parts; see `_check_tensors`."""
+    coded = {name: n for named in metadata.get(STEPS, {}).values() for name, n in named.items()}
+    counts = {**{name: len(values) for name, values in parts["values"].items()}, **coded}
+    if tuple(streams) != STREAMS[: 3 if coded else 1] or any(
+        stream.dtype != torch.uint8 for stream in streams.values()
     ):
-        raise DeltaError("delta's gaps must be one stream of bytes, for vectors of values")
+        raise DeltaError(f"delta's streams must be bytes, and {STREAMS} where it has steps")
     try:
-        positions = unpack(stream, [len(parts["values"][name]) for name in names])
+        # First: the directions are not compressed, so that their length bounds all that follows.
+        if coded:
+            steps = unpack_steps(streams["directions"], streams["lengths"], sum(coded.values()))
+            split = steps.split([coded[name] for name in sorted(coded)])
+            parts[STEPS].update(zip(sorted(coded), split, strict=True))
+        positions = unpack(streams["gaps"], [counts[name] for name in sorted(counts)])
+        parts["positions"].update(zip(sorted(counts), positions, strict=True))
     except ValueError as error:
-        raise DeltaError(f"delta's gaps do not fit its values: {error}") from None
-    for name, index in zip(names, positions, strict=True):
-        size = prod(shapes[name])
-        _check_positions(name, index, size)
-        parts["positions"][name] = index.to(index_dtype(size))
-
-
-def _check_positions(name: str, index: Tensor, size: int) -> None:
-    if not increasing(index, size):
-        raise DeltaError(f"delta's positions in {name!r} must increase strictly within [0, {size})")
+        raise DeltaError(f"delta's streams do not fit what it declares: {error}") from None
 
 
 def _check_tensors(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     shapes, rounds_to = metadata["shapes"], metadata.get("rounds_to", {})
-    if set(parts["positions"]) != set(parts["values"]):
-        raise DeltaError("delta's tensors and its metadata do not name the same parameters")
-    for name, index, values in replaced_by(parts):
-        if index is None:
-            if list(values.shape) != shapes[name]:
-                raise DeltaError(
-                    f"delta's {name!r} has shape {list(values.shape)}, its metadata say "
-                    f"{shapes[name]}"
-                )
-            continue
+    for name, index in parts["positions"].items():
+        values, size = parts["values"].get(name, parts[STEPS].get(name)), prod(shapes[name])
         if (
             index.dtype not in (torch.int32, torch.int64)
             or index.dim() != 1
             or index.shape != values.shape
         ):
             raise DeltaError(f"delta's positions in {name!r} must be integers, one for every value")
-        _check_positions(name, index, prod(shapes[name]))
-    floats = [(name, t) for name, _, t in replaced_by(parts) if name not in parts["buffers"]]
+        if not increasing(index, size):
+            raise DeltaError(
+                f"delta's positions in {name!r} must increase strictly within [0, {size})"
+            )
+    for name, tensor in [item for part in PARTS[2:] for item in parts[part].items()]:
+        if list(tensor.shape) != shapes[name]:
+            raise DeltaError(
+                f"delta's {name!r} has shape {list(tensor.shape)}, its metadata say {shapes[name]}"
+            )
+    floats = [item for part in ("values", "dense", "head") for item in parts[part].items()]
     small = [(name, t) for name, pieces in parts[MODULES].items() for t in pieces.values()]
     for name, tensor in floats + small:
         if not tensor.is_floating_point():
             raise DeltaError(f"delta's {name!r} is {tensor.dtype}; weights are floating point")
-        if name in rounds_to and (rounds_to[name] not in HALVES or tensor.dtype != torch.float32):
+        if name in rounds_to and (
+            rounds_to[name] not in map(str, HALVES) or tensor.dtype != torch.float32
+        ):
             raise DeltaError(f"delta's {name!r} is {tensor.dtype} for {rounds_to[name]!r} weights")
 
 
 def count(parts: Mapping[str, Any]) -> int:
     """Number of replaced weights outside the head, and of the small modules' weights."""
-    tensors = [*parts["values"].values(), *parts["dense"].values()]
+    tensors = [*parts["positions"].values(), *parts["dense"].values()]
     small = [tensor for pieces in parts[MODULES].values() for tensor in pieces.values()]
     return sum(tensor.numel() for tensor in (*tensors, *small))
 

@@ -41,7 +41,7 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
     ValueError
         If something does not fit, says what; nothing is written.
     """
-    if delta.dense or delta.modules or delta.buffers or not delta.values:
+    if delta.dense or delta.modules or delta.buffers or not delta.positions:
         what = [*delta.dense, *delta.modules, *delta.buffers]
         raise ValueError(
             "SHiRA holds single weights of nn.Linear only; this delta has "
@@ -49,6 +49,7 @@ def to_shira(delta: Delta, base: nn.Module, folder: str | os.PathLike) -> None:
         )
     base = unwrap(base)
     names, original = delta.check(base)
+    delta = delta.with_base(original)
     own, places, named = names.found, owners(base), dict(base.named_modules())
     paths = {module: path for path, module in named.items()}
     layers: dict[str, tuple[str, nn.Linear]] = {}

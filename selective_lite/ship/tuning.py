@@ -13,7 +13,8 @@ from ..layers.small import adapter_parameters, adapters
 from ..params import head_weights, named_parameters, weights
 from ..selection import Selection
 from .base import at, tensors_of
-from .delta import Delta, assemble
+from .delta import Delta
+from .diff import assemble
 from .file import bits, body_of
 
 _said: set[str] = set()  # what `masked` has said in this process
@@ -108,12 +109,14 @@ class Tuning(MaskedTraining):
         """
         if self.closed:
             raise ValueError("masked training was left; resume inside of it")
-        tensors, start, replaced = tensors_of(self.model), self.start(), delta.replaced()
+        tensors, start, places = tensors_of(self.model), self.start(), delta.places()
         self._check_same(delta, tensors)
         self._check_selection(delta)
         body = body_of(delta.parts)
-        found = {name: self._before(name, replaced[name][0]) for name in body if name in replaced}
+        found = {name: self._before(name, places[name]) for name in body if name in places}
         delta.check_base(self._before, found, {name: name for name in body})
+        delta = delta.with_base(found)
+        replaced = delta.replaced()
 
         for name, p in self._trained.items():
             flat = start[name].reshape(-1).to(p.dtype)
@@ -174,18 +177,18 @@ class Tuning(MaskedTraining):
 
     def _check_selection(self, delta: Delta) -> None:
         remedy = "resume with the same selection: masked(model, delta.selection(model))"
-        replaced, complete = delta.replaced(), delta.metadata.get("complete", False)
+        places, complete = delta.places(), delta.metadata.get("complete", False)
         small, named = adapter_parameters(self.model), named_parameters(self.model)
         trained = [name for name in self._trained if name not in (*self._heads, *small)]
-        for name in (*delta.values, *delta.dense):
+        for name in (*delta.positions, *delta.dense):
             if name not in trained:
                 raise ValueError(
                     f"delta is of another selection: {name!r} is not trained; {remedy}"
                 )
         for name in trained:
             index = self.selection.indices.get(name, _everything(named[name]))
-            where, values = replaced.get(name, (index[:0], index[:0]))
-            where = _everything(values) if where is None else where.long()
+            where = places.get(name, index[:0])
+            where = _everything(named[name]) if where is None else where.long()
             shared = int(torch.isin(index, where).sum())
             if shared < len(where) or (complete and shared < len(index)):
                 raise ValueError(

@@ -1,4 +1,7 @@
-"""Fuzz: ten thousand damaged and forged files: refused, or the delta that was saved."""
+"""Fuzz: damaged and forged files, ten thousand of float32 values and as many of steps: refused.
+
+Or they are the delta that was saved.
+"""
 
 import json
 import random
@@ -14,7 +17,12 @@ from torch import nn
 import selective_lite as sl
 from selective_lite.ship.file import digest, flat_names
 
-DAMAGED, FORGED = 3500, 1500  # for each of two encodings
+# Encoding, dtype, damaged and forged files. Of half precision the compressed encoding has steps.
+KINDS = {
+    "flat": ("flat", torch.float32, 3500, 1500),
+    "gaps": ("gap-lzma", torch.float32, 3500, 1500),
+    "steps": ("gap-lzma", torch.bfloat16, 7000, 3000),
+}
 MEMORY = 64  # bytes of Python's and numpy's memory, a byte of the file
 ODDS = [
     None,
@@ -30,6 +38,7 @@ ODDS = [
     "x",
     "torch.float16",
     "lora",
+    "torch.bfloat16",
     [],
     [0],
     [6, 7],
@@ -47,18 +56,20 @@ class Net(nn.Module):
         self.classifier, self.batch_norm = nn.Linear(5, 3), nn.BatchNorm1d(4)
 
 
-def net(seed=0):
-    torch.manual_seed(seed)
-    return Net()
+def net(dtype):
+    torch.manual_seed(0)
+    return Net().to(dtype)
 
 
 def bits(model):
     return digest("", model.state_dict())
 
 
-@pytest.fixture(scope="module")
-def delta():
-    base, model = net(), net()
+@pytest.fixture(params=KINDS)
+def kind(request, tmp_path):
+    """A file's content, its delta's identity, its base, how many are damaged, how many forged."""
+    encoding, dtype, *counts = KINDS[request.param]
+    base, model = net(dtype), net(dtype)
     with torch.no_grad():
         model.first.weight.view(-1)[[0, 5, 6, 30, 41]] += 1
         model.first.bias[2] += 1
@@ -67,18 +78,16 @@ def delta():
         model.batch_norm.num_batches_tracked += 1
         model.batch_norm.running_mean += 1
     sl.add_adapters(model, "second.weight", rank=2)
-    return sl.diff(base, model, method="by hand")
-
-
-@pytest.fixture(params=["flat", "gap-lzma"])
-def content(request, delta, tmp_path):
-    delta.save(tmp_path / "delta", request.param)
-    return (tmp_path / "delta").read_bytes()
+    sl.diff(base, model, method="by hand").save(tmp_path / "delta", encoding)
+    saved = sl.load(tmp_path / "delta")
+    assert bool(saved.parts["steps"]) == (request.param == "steps")
+    return (tmp_path / "delta").read_bytes(), identity(saved), base, counts
 
 
 def identity(delta):
     text = json.dumps({**delta.metadata, "encoding": ""}, sort_keys=True)
-    return digest(text, flat_names(delta.parts))
+    steps = {f"steps/{name}": steps for name, steps in delta.parts["steps"].items()}
+    return digest(text, {**flat_names(delta.parts), **steps})
 
 
 def cut(content):
@@ -212,6 +221,8 @@ def forge(content, rng):
                     (
                         "gaps",
                         "gaps/x",
+                        "lengths",
+                        "directions",
                         "values/",
                         "head/x",
                         name + "/x",
@@ -268,16 +279,16 @@ def traced():
     tracemalloc.stop()
 
 
-def test_a_damaged_file_is_refused_or_is_the_delta_that_was_saved(content, delta, tmp_path, traced):
-    rng, model, expected = random.Random(0), net(), identity(delta)
-    found = [
-        refused(tmp_path / "file", damage(content, rng), model, expected) for _ in range(DAMAGED)
-    ]
-    assert sum(found) > 0.98 * DAMAGED
+def test_a_damaged_file_is_refused_or_is_the_delta_that_was_saved(kind, tmp_path, traced):
+    content, saved, model, (count, _) = kind
+    rng = random.Random(0)
+    found = [refused(tmp_path / "file", damage(content, rng), model, saved) for _ in range(count)]
+    assert sum(found) > 0.98 * count
 
 
-def test_a_forged_file_is_refused_or_leaves_no_trace(content, tmp_path, traced):
-    rng, model = random.Random(1), net()
-    found = [refused(tmp_path / "file", forge(content, rng), model, None) for _ in range(FORGED)]
+def test_a_forged_file_is_refused_or_leaves_no_trace(kind, tmp_path, traced):
+    content, _, model, (_, count) = kind
+    rng = random.Random(1)
+    found = [refused(tmp_path / "file", forge(content, rng), model, None) for _ in range(count)]
     # some forgeries are deltas: other values, or another method
-    assert 0.7 * FORGED < sum(found) < FORGED
+    assert 0.7 * count < sum(found) < count

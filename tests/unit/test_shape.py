@@ -95,10 +95,11 @@ def test_the_kernels_have_at_most_400_lines():
     assert sum(counts.values()) <= 400, counts
 
 
-def test_the_ship_has_at_most_1200_lines():
+def test_the_ship_has_at_most_1350_lines():
+    # 1,200 before chains, and before values that need the base to be decoded: who may look, when
     counts = {str(path): code_lines(text) for path, text in sources("ship/*.py").items()}
     assert "ship/delta.py" in counts
-    assert sum(counts.values()) <= 1200, counts
+    assert sum(counts.values()) <= 1350, counts
 
 
 def test_a_method_has_at_most_150_lines():

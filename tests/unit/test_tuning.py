@@ -89,7 +89,7 @@ def test_the_delta_is_the_diff_to_a_snapshot_to_the_byte(
     expected = content(sl.diff(before, model, method="it"), tmp_path / "expected", encoding)
     assert inside == after == expected
     delta = sl.load(tmp_path / "after")
-    assert delta.values
+    assert delta.positions
     assert delta.dense or dtype == torch.bfloat16  # there, rounding keeps some of every tensor
     assert set(delta.head) == set(sl.head_weights(model))
     base = build(kind).to(dtype)

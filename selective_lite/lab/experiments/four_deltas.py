@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...params import head_weights
-from ...ship.delta import Delta, diff, load
+from ...ship.delta import Delta, load
+from ...ship.diff import diff
 from ..data.sentiment import DOMAINS
 from . import movies, results
 from .recipes import RECIPES, Config

@@ -21,7 +21,7 @@ from ...methods.controls import random_scores
 from ...methods.fish import fish as fish_selection
 from ...methods.fixed_mask import fixed_mask
 from ...selection import select
-from ...ship.delta import diff
+from ...ship.diff import diff
 from ...training import Phase, Phases
 from ..data.tweets import Texts, bits, load_texts
 from ..models import load_language_model
