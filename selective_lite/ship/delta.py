@@ -25,7 +25,7 @@ from ..layers.small import (
     find_layers,
     remove_adapters,
 )
-from ..params import head_weights, named_buffers, ties, unwrap, weights
+from ..params import candidates, head_weights, named_buffers, ties, unwrap, weights
 from ..selection import Selection
 from .base import (
     Names,
@@ -197,9 +197,9 @@ class Delta:
         if model is None:
             return Selection(where, {n: shapes[n] for n in where}, self.metadata["method"])
         names = self.names(model).found
-        candidates = weights(model, [names[name] for name in self.head if name in names])
+        free = candidates(model, [names[name] for name in self.head if name in names])
         found = {names[name]: index for name, index in where.items()}
-        all_shapes = {name: tuple(p.shape) for name, p in candidates.items()}
+        all_shapes = {name: tuple(p.shape) for name, p in free.items()}
         all_shapes |= {names[name]: shapes[name] for name in where}
         ordered = {name: found[name] for name in all_shapes if name in found}
         return Selection(ordered, all_shapes, self.metadata["method"])
@@ -428,8 +428,8 @@ def diff(
             return now[name].reshape(-1)
         return flat.index_copy_(0, index[name], now[name]) if name in now else flat
 
-    candidates = weights(tuned, head, with_frozen=True)
-    compared: dict[str, Tensor] = {name: p for name, p in candidates.items() if name not in own}
+    named = weights(tuned, head, with_frozen=True)
+    compared: dict[str, Tensor] = {name: p for name, p in named.items() if name not in own}
     buffers = named_buffers(tuned)
     if buffers and not any(name in before for name in buffers):
         warnings.warn(
