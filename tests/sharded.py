@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import selective_lite as sl
 
 STEPS, ACCUMULATED, SAMPLES = 4, 2, 8
+# What is trained, and how it is sharded: by layers and what is left of the model; only the layers;
+# over one dimension of a mesh, and replicated over the other.
+KINDS = ("bert", "llama", "experts", "bert partly", "bert hybrid")
 
 
 class Experts(nn.Module):
@@ -51,7 +54,7 @@ def build(kind):
     size |= {"max_position_embeddings": 16}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(0)
-    if kind == "bert":
+    if kind.startswith("bert"):
         config = BertConfig(**size, **still, hidden_size=15, num_attention_heads=3, num_labels=3)
         model = BertForSequenceClassification(config)
     elif kind == "llama":  # its output layer is its word table
@@ -88,12 +91,12 @@ def choose(model):
     return sl.Selection(indices, shapes)
 
 
-def shard(model, **options):
+def shard(model, partly=False, **options):
     """Layer by layer, then what is left; as FSDP's own users do."""
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     for layer in getattr(getattr(base, "encoder", base), "layer", getattr(base, "layers", ())):
         fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    return model if partly else fully_shard(model, **options)
 
 
 class Wire(TorchDispatchMode):
@@ -147,11 +150,13 @@ def alone(kind, folder):
     return {**found, "norms": norms, "heads": list(sl.head_weights(model))}
 
 
-def together(kind, rank, folder, mesh):
+def together(kind, rank, folder):
     """Train with half of every batch; what came of it, and what was sent."""
     model, data, mine = build(kind), batches(kind), half(rank)
     selection = choose(model)
-    shard(model, mesh=mesh)
+    shape, names = ((2, 1), ("copy", "shard")) if "hybrid" in kind else ((2,), ("shard",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    shard(model, partly="partly" in kind, mesh=mesh)
     with sl.masked(model, selection) as tuning, Wire() as wire:
         trained = [*tuning.parameters(), *tuning.dense_parameters()]
         norms = steps(model, optimizer_of(model), data, mine)
@@ -192,7 +197,7 @@ def main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    found = {kind: together(kind, rank, folder, mesh) for kind in ("bert", "llama", "experts")}
+    found = {kind: together(kind, rank, folder) for kind in KINDS}
     found |= {how: interrupted(how, rank, folder, mesh) for how in ("delta", "state")}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
