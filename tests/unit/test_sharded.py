@@ -166,7 +166,9 @@ def test_what_an_evaluation_left_gathered_is_not_what_is_saved(group, pick, leav
             for p in tuning.parameters():
                 p.mul_(2)
     if leave == "state_dict":
-        for (name, p), q in zip(plain.state_dict().items(), model.state_dict().values()):
+        for (name, p), q in zip(
+            plain.state_dict().items(), model.state_dict().values(), strict=True
+        ):
             assert torch.equal(q.full_tensor(), p), name
     elif leave == "delta":
         ours, theirs = (tuning.delta() for tuning in reversed(tunings))
