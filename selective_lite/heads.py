@@ -20,10 +20,10 @@ class HeadWarning(UserWarning):
     """No task head was found in a model that is not a language model; say ``head=``."""
 
 
-def class_of(module: nn.Module) -> type:
-    """A module's class as its author wrote it, below what masked training or FSDP put before it."""
-    ours = (__name__.partition(".")[0] + ".", "torch.distributed.")
-    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(ours))
+def class_of(module: nn.Module, besides: tuple[str, ...] = ()) -> type:
+    """A module's class below the one that `fully_shard` put before it, and those of packages."""
+    skipped = ("torch.distributed.", *besides)
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(skipped))
 
 
 def find_head(model: nn.Module) -> tuple[str, ...]:

@@ -127,11 +127,12 @@ class MaskedTraining:
                 attach_entries(module, attribute, entries, product)
         self._ids = {id(p) for p in self._trained.values()}
         self._buffers = list(params.named_buffers(model))
+        self._mesh = sharded.mesh_of(self.model, named)
         self._start = self.values()
         self._checked = weakref.WeakSet[Optimizer]()
         own = weakref.ref(self)
         check = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
-        self._mesh, self._hooks = sharded.mesh_of(self.model, named), [check]
+        self._hooks = [check]
         if self._mesh is not None:
             both = self._entries.values(), self._trained.values()
             self._hooks += sharded.follow(self.model, *both, self._mesh)
@@ -188,6 +189,8 @@ class MaskedTraining:
         p, entries = self._trained[name], self._entries.get(name)
         index, dense = self.selection.indices.get(name), dense_of(*self._places[name][0])
         size = dense.numel() if index is None else len(index)
+        if is_sharded(dense) and self._mesh is None:
+            raise RuntimeError(f"model's {name!r} was sharded in masked training; {sharded.ORDER}")
         if entries is None or (precise and p.numel() == size):  # `shrink` drops some
             return p
         if is_sharded(dense):

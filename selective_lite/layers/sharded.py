@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Rows:
     @torch.no_grad()
     def write(self, values: Tensor, index: Tensor | None) -> None:
         """Write the values that are here into the rows; their positions are `index`, or all."""
-        local = self.tensor.to_local().view(-1)
+        local = self.tensor.to_local().data.view(-1)  # no new version of it, as in `Entries.write`
         own = values.reshape(-1)[self.chosen].to(local.dtype)
         if index is None:
             local.copy_(own)
@@ -102,8 +103,8 @@ def rows_of(tensor: Any, index: Tensor | None) -> Rows:
     """What a process holds of a sharded tensor, and of the values at sorted flat positions."""
     processes, rank = tensor.device_mesh.shape[-1], tensor.device_mesh.get_coordinate()[-1]
     height = -(-tensor.shape[0] // processes)  # FSDP cuts as `torch.chunk` does
-    first = min(rank * height, tensor.shape[0]) * tensor[0].numel()
-    ends = torch.tensor([first, first + tensor.to_local().numel()])
+    first = min(rank * height, tensor.shape[0]) * prod(tensor.shape[1:])
+    ends = torch.tensor([first, first + tensor.to_local().numel()], device="cpu")
     if index is not None:
         ends = torch.searchsorted(index, ends.to(index.device))
     return Rows(tensor, first, slice(*ends.tolist()))
@@ -163,9 +164,9 @@ def _averaging(trained: list[Any], mesh: Any) -> Callable[[Tensor], None]:
     def average() -> None:
         for dtype in dict.fromkeys(p.dtype for p in trained):
             own = [p for p in trained if p.dtype == dtype]
-            has = torch.tensor([p.grad is not None for p in own]).to(own[0])
+            has = torch.tensor([p.grad is not None for p in own], device=own[0].device)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
-            flat = torch.cat([*(grad.reshape(-1) for grad in grads), has])
+            flat = torch.cat([*(grad.reshape(-1) for grad in grads), has.to(dtype)])
             for dim in range(mesh.ndim):
                 torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
             *means, has = flat.div_(mesh.size()).split([*(p.numel() for p in own), len(own)])

@@ -30,9 +30,10 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
+    ours = __name__.partition(".")[0] + "."  # a layer in masked training has a class of ours
     floats = (p for p in named_parameters(model).values() if p.is_floating_point())
     found = {
-        "class": class_of(model).__name__,
+        "class": class_of(model, (ours,)).__name__,
         "dtype": str(next(floats).dtype),
         "name_or_path": getattr(config, "_name_or_path", None),
         "revision": getattr(config, "_commit_hash", None),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..heads import class_of
 from ..layers.masked import MaskedTraining
+from ..layers.sharded import is_sharded
 from ..layers.small import adapter_parameters, adapters
 from ..params import candidates, head_weights, named_parameters
 from ..selection import Selection
@@ -33,6 +34,9 @@ class Tuning(MaskedTraining):
         **options: Any,
     ) -> None:
         own = adapter_parameters(model)
+        if any(is_sharded(p) for name, p in named_parameters(model).items() if name in own):
+            remedy = "give fully_shard(..., ignored_params=) theirs"
+            raise ValueError(f"model's small modules are sharded; {remedy}")
         heads = [name for name in head_weights(model, head) if name not in own]
         total = sum(p.numel() for name, p in candidates(model, head).items() if name not in own)
         super().__init__(model, selection, dense, head=head, **options)

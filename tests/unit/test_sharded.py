@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -210,10 +215,29 @@ def test_a_tensor_that_is_read_outside_of_a_forward_has_its_values_and_gradient(
             train(each, tuning.parameters())
             tuning.parameters()[0].data.mul_(2)
             penalty = getattr(each[0], attribute).square().sum()
-            (penalty if each is plain else penalty.full_tensor()).backward()
+            penalty = penalty if each is plain else penalty.full_tensor()
+            (loss_of(each) + penalty).backward()  # the forward writes what the penalty has read
             grads.append([p.grad for p in tuning.parameters()])
             assert any(g.any() for g in grads[-1])
     torch.testing.assert_close(*grads)
+
+
+def test_a_checkpoint_of_torch_is_an_ordinary_model(group, pick):
+    """`torch.distributed.checkpoint` gathers whole tensors and spreads them again."""
+    options = StateDictOptions(full_state_dict=True)
+    plain, model, again = mlp(), shard(mlp(), group), shard(mlp(), group)
+    selection = some(plain, pick)
+    tuning = sl.masked(model, selection, head=("4",))
+    train(model, [*tuning.parameters(), *tuning.dense_parameters()])
+    state = get_model_state_dict(model, options=options)
+    tuning.close()
+    plain.load_state_dict(state)
+    assert_equal(plain, model)
+    with sl.masked(again, selection, head=("4",)) as tuning:
+        set_model_state_dict(again, state, options=options)
+        assert torch.equal(loss_of(again), loss_of(model))
+        for p, q in zip(tuning.dense_parameters(), model[4].parameters(), strict=True):
+            assert torch.equal(p, q.full_tensor())
 
 
 @pytest.mark.parametrize("policy", ["bfloat16 model", "mixed precision"])
@@ -253,9 +277,19 @@ def test_sharding_inside_masked_training_is_refused(group, pick, what, ignored):
         assert torch.equal(p, before[name])
 
 
+def test_a_delta_of_a_model_that_was_sharded_inside_is_refused(group):
+    """No optimizer's step looked: whole tensors trained on, and the delta would not know."""
+    model = mlp()
+    tuning = sl.masked(model, sl.bitfit(model, head=("4",)), head=("4",))
+    fully_shard(model, mesh=group)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="fully_shard .FSDP2. before masked"):
+        tuning.delta()
+
+
 def test_what_needs_whole_tensors_says_what_to_do(group, pick):
     model, selection = mlp(), some(mlp(), pick)
-    delta = sl.diff(sl.snapshot(mlp()), mlp().float().double().apply(_double), head=("4",))
+    delta = sl.diff(sl.snapshot(mlp()), mlp().apply(_double), head=("4",))
     shard(model, group)
     for call in (
         lambda: sl.weights(model, ("4",)),
@@ -286,6 +320,30 @@ def test_tensors_that_are_not_sharded_by_rows_are_refused(group, pick):
     torch.distributed.tensor.parallel.parallelize_module(model[0], group, columns)
     with pytest.raises(ValueError, match="fully_shard"):
         sl.masked(model, selection, head=("4",))
+
+
+def test_small_modules_are_trained_if_they_are_not_sharded(group):
+    """LoRA beside selected weights, as SPT trains it, on a base that is sharded."""
+    selection = sl.Selection({"3.weight": torch.arange(5)}, {"3.weight": (6, 6)})
+    deltas = []
+    for kind in ("plain", "sharded base", "all sharded"):
+        model = mlp()
+        sl.add_adapters(model, ("0.weight",), kind="lora", rank=2)
+        small = set(model[0].adapter.parameters())
+        if kind != "plain":
+            ignored = None if kind == "all sharded" else small
+            fully_shard(model, mesh=group, ignored_params=ignored)
+        if kind == "all sharded":
+            with pytest.raises(ValueError, match="ignored_params"):
+                sl.masked(model, selection, dense=("0.adapter",), head=("4",))
+            continue
+        with sl.masked(model, selection, dense=("0.adapter",), head=("4",)) as tuning:
+            train(model, [*tuning.parameters(), *tuning.dense_parameters()])
+            deltas.append(tuning.delta())
+    plain, sharded_base = deltas
+    assert plain.metadata == sharded_base.metadata
+    for part, piece in plain.modules["0.weight"].items():
+        assert torch.equal(sharded_base.modules["0.weight"][part], piece)
 
 
 class _Partitioned(nn.Parameter):
