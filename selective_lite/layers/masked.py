@@ -46,10 +46,10 @@ class MaskedTraining:
     selected whole trains as it is. What is trained in half precision gets a float32 master, which a
     ``state_dict`` holds rounded, as the model's own tensor; `hf.SaveDelta` keeps masters.
 
-    Of a model that `fully_shard` (FSDP2) has sharded, what is frozen stays sharded, and all that is
-    trained, the head and whole tensors too, is replicated: its gradients are averaged at the end of
-    every backward, in one exchange of as many values (and one more for each tensor). Every process
-    makes the same calls.
+    A model may be under `fully_shard` (FSDP2), with a selection that was made before: what is
+    frozen stays sharded, and all that is trained, the head and whole tensors too, is replicated.
+    Gradients are averaged at the end of every backward, in one exchange of as many values (and one
+    more for each tensor). Every process makes the same calls.
 
     Parameters
     ----------
@@ -397,8 +397,9 @@ def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
 
 def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
     """Raise if the optimizer that holds these was made too early, or a gradient is missing."""
-    trained = training._trained
-    if training._mesh is None and any(map(is_sharded, training.model.parameters())):
+    trained, now = training._trained, list(training.model.parameters())
+    known = {*training._ids, *map(id, now)}
+    if training._mesh is None and held & known and any(map(is_sharded, now)):
         raise ValueError(f"model was sharded in masked training; {sharded.ORDER}")
     for name, entries in training._entries.items():
         module, attribute = training._places[name][0]
