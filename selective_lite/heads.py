@@ -20,6 +20,12 @@ class HeadWarning(UserWarning):
     """No task head was found in a model that is not a language model; say ``head=``."""
 
 
+def class_of(module: nn.Module, besides: tuple[str, ...] = ()) -> type:
+    """A module's class below the one that `fully_shard` put before it, and those of packages."""
+    skipped = ("torch.distributed.", *besides)
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(skipped))
+
+
 def find_head(model: nn.Module) -> tuple[str, ...]:
     """Names or prefixes of the task head's parameters; ``()`` where there is none.
 
@@ -35,19 +41,19 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     """
     base = getattr(model, "base_model", None) if hasattr(model, "base_model_prefix") else None
     if base is not None:
-        pretrained = type(model).__name__.endswith(LANGUAGE)
+        pretrained = class_of(model).__name__.endswith(LANGUAGE)
         if pretrained or model.get_output_embeddings() is not None:  # type: ignore[operator]
             return ()
         inside = {id(p) for p in base.parameters()}
         outside = tuple(n for n, p in model.named_parameters() if id(p) not in inside)
-        if outside or "For" not in type(model).__name__:  # BertModel is a base, and has no head
+        if outside or "For" not in class_of(model).__name__:  # BertModel is a base, and has no head
             return outside
     found, children = _by_name(model), [name for name, _ in model.named_children()]
     if not found and children:
         like = [name for name in children if name in (*TORCHVISION, "output", "proj")]
         guess = f"head=({like[-1]!r},)" if like else "head=('name of the head',)"
-        text = f"no task head was found in {type(model).__name__}: all its weights are candidates; "
-        text += f"pass {guess} if it has one, or head=() if it has none"
+        text = f"no task head was found in {class_of(model).__name__}: all its weights are "
+        text += f"candidates; pass {guess} if it has one, or head=() if it has none"
         warnings.warn(text, HeadWarning, stacklevel=3)
     return found
 
@@ -58,7 +64,7 @@ def _by_name(model: nn.Module) -> tuple[str, ...]:
     if isinstance(config, dict) and "classifier" in config:  # timm
         names = config["classifier"] or ()
         names = (names,) if isinstance(names, str) else names
-    elif type(model).__module__.startswith("torchvision."):
+    elif class_of(model).__module__.startswith("torchvision."):
         children = dict(model.named_children())
         return tuple(_last_layer(n, children[n]) for n in TORCHVISION if n in children)[:1]
     own = [name for name, _ in model.named_parameters()]  # a tied one by its first name

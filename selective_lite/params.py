@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from .heads import Head, Names, find_head
 from .layers.entries import Entries
+from .layers.sharded import ORDER, is_sharded, reshard
 
 Budget = int | float
 Parameters = dict[str, nn.Parameter]
 Registered = Iterator[tuple[str, nn.Module, str, Any]]  # name, and place of a tensor
 Place = tuple[nn.Module, str]  # where a parameter is registered: a module, and the attribute's name
 # Modules that hold the real one as a child, and put their own word into every name.
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+FSDP1 = "_fsdp_wrapped_module"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -46,10 +48,15 @@ def clean(name: str) -> str:
 
 def _registered(model: nn.Module, kind: str = "_parameters", every: bool = False) -> Registered:
     """Every place (`every`: name) of every tensor, but for masked training's compact values."""
-    for path, module in unwrap(model).named_modules(remove_duplicate=not every):
+    model = unwrap(model)
+    reshard(model)
+    for path, module in model.named_modules(remove_duplicate=not every):
         held = {} if isinstance(module, Entries) else getattr(module, kind)
         for attribute, tensor in held.items():
             if tensor is not None:
+                if FSDP1 in path or hasattr(tensor, "ds_id"):
+                    by = "FullyShardedDataParallel (FSDP1)" if FSDP1 in path else "DeepSpeed ZeRO-3"
+                    raise TypeError(f"model is sharded by {by}; {ORDER}")
                 yield clean(f"{path}.{attribute}".lstrip(".")), module, attribute, tensor
 
 
@@ -150,11 +157,8 @@ def holds_codes(tensor: Tensor) -> bool:
     return any("dequantize" in vars(cls) for cls in own)
 
 
-def _trainable_type(name: str, parameter: nn.Parameter) -> bool:
+def _trainable_type(parameter: nn.Parameter) -> bool:
     """Whether a parameter holds plain numbers of at least 16 bits; quantized ones do not."""
-    if hasattr(parameter, "device_mesh"):
-        remedy = "use DistributedDataParallel, or select before sharding"
-        raise ValueError(f"model's {name!r} is sharded (FSDP, tensor parallel); {remedy}")
     plain = not holds_codes(parameter)
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
@@ -184,8 +188,17 @@ def weights(model: nn.Module, head: Head = None, *, with_frozen: bool = False) -
     ValueError
         If a prefix names nothing, no candidate is left, or a parameter is sharded.
     """
+    found = candidates(model, head, with_frozen=with_frozen)
+    for name in (name for name, p in found.items() if is_sharded(p)):
+        remedy = "score and select before sharding (Selection.save, load), ship by tuning.delta()"
+        raise ValueError(f"model's {name!r} is sharded; {remedy}")
+    return found
+
+
+def candidates(model: nn.Module, head: Head = None, *, with_frozen: bool = False) -> Parameters:
+    """`weights` that may be sharded: masked training of given positions needs no whole ones."""
     prefixes, named = _head_prefixes(model, head), named_parameters(model).items()
-    found = {n: p for n, p in named if not is_under(n, prefixes) and _trainable_type(n, p)}
+    found = {n: p for n, p in named if not is_under(n, prefixes) and _trainable_type(p)}
     if not found:
         lack = f"model has no floating-point parameter outside its head {prefixes}"
         raise ValueError(f"{lack}, so nothing can be selected (quantized tensors cannot)")
@@ -196,7 +209,7 @@ def weights(model: nn.Module, head: Head = None, *, with_frozen: bool = False) -
 def head_weights(model: nn.Module, head: Head = None) -> Parameters:
     """The parameters of the task head, ``{name: parameter}``; arguments, errors as `weights`."""
     prefixes, named = _head_prefixes(model, head), named_parameters(model).items()
-    return {n: p for n, p in named if is_under(n, prefixes) and _trainable_type(n, p)}
+    return {n: p for n, p in named if is_under(n, prefixes) and _trainable_type(p)}
 
 
 def in_masked_training(model: nn.Module) -> bool:

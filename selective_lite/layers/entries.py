@@ -8,6 +8,7 @@ them: sampled where the layer's own forward asks for it, else gathered from the 
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any, ClassVar
 
@@ -18,10 +19,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..kernels.sampled import Index, precise, write
 from .attach import Attached, attach, detach, stand_in
 from .functions import embedding, linear, scatter
+from .sharded import ORDER, Rows, is_sharded, rows_of, whole
 
+TORCH = "torch.distributed."
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
 EXPORTED = "leave masked training before the model is exported, traced or scripted"
-REPLACED = "cannot be replaced in masked training, as FSDP does; use DistributedDataParallel"
+REPLACED = f"cannot be replaced in masked training; {ORDER}"
 
 
 class Entries(nn.Module):
@@ -30,7 +33,7 @@ class Entries(nn.Module):
     Parameters
     ----------
     dense
-        The tensor, any shape, floating point.
+        The tensor, any shape, floating point, sharded or not.
     index
         Flat row-major positions (k,), int32 where the tensor has fewer than 2^31 entries, else
         int64, on its device. ``None`` takes all of the
@@ -42,17 +45,22 @@ class Entries(nn.Module):
     ----------
     values
         (k,), or the tensor's shape if `index` is None; float32, or float64 for a float64 tensor.
+        Of a sharded tensor every process has all of them.
+    here
+        Which of them fall into the rows that this process holds of a sharded tensor.
     """
 
     index: Index
     rows: Index
     columns: Index
+    here: Rows | None
 
     def __init__(
         self, dense: Tensor, index: Index, rows: Index = None, columns: Index = None
     ) -> None:
         super().__init__()
-        own = dense.detach()
+        own = whole(dense.detach())
+        self.here = rows_of(dense, index) if is_sharded(dense) else None
         chosen = own.clone() if index is None else own.reshape(-1)[index]
         self.values = nn.Parameter(chosen.to(precise(own)))
         for name, buffer in (("index", index), ("rows", rows), ("columns", columns)):
@@ -60,7 +68,7 @@ class Entries(nn.Module):
         self.__dict__["leaf"] = self.values  # what optimizers train; not registered twice
 
     def write(self, dense: Tensor) -> None:
-        """Copy the values into the dense tensor.
+        """Copy the values into the dense tensor; into the rows that are here if it is sharded.
 
         Via ``.data``, so that the version counter does not change and tensors that autograd saved
         for a backward stay valid.
@@ -71,6 +79,12 @@ class Entries(nn.Module):
             raise RuntimeError(EXPORTED)
         if not compiling and values is not self.__dict__["leaf"]:
             raise RuntimeError(f"the compact values of a tensor {REPLACED}")
+        if is_sharded(dense):
+            if self.here is None:
+                raise RuntimeError(f"a tensor's dense values {REPLACED}")
+            self.here.tensor = dense  # loading a state may replace it
+            self.here.write(values.data, self.index)  # type: ignore[union-attr]
+            return
         target, source = dense.data, values.data.to(dense.dtype)  # type: ignore[union-attr]
         if self.index is None:
             target.copy_(source)
@@ -82,9 +96,8 @@ class Entries(nn.Module):
 
         A value of more precision than the tensor that rounds to what is there is kept.
         """
-        values = self.values.data
-        own = dense.data if self.index is None else dense.data.reshape(-1)[self.index]
-        own = own.to(values.device)
+        values, own = self.values.data, whole(dense.detach())
+        own = (own if self.index is None else own.reshape(-1)[self.index]).to(values.device)
         same = values.to(own.dtype) == own
         values.copy_(torch.where(same, values, own.to(values.dtype)))
 
@@ -220,7 +233,10 @@ def product_operands(module: Any) -> tuple[Tensor, Tensor, Any, Any, Any]:
 
 def _reading(attribute: str) -> property:
     def read(module: Any) -> Tensor:
-        return entries_of(module, attribute).read(dense_of(module, attribute))
+        dense, entries = dense_of(module, attribute), entries_of(module, attribute)
+        # FSDP looks whether the sharded parameter is still the one that it has made.
+        asks = sys._getframe(1).f_globals["__name__"] if is_sharded(dense) else ""
+        return current(module, attribute)[0] if asks.startswith(TORCH) else entries.read(dense)
 
     def replace(module: Any, value: Any) -> None:
         raise RuntimeError(f"{attribute!r} {REPLACED}")

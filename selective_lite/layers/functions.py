@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import sampled
+from .sharded import whole
 
 Index = sampled.Index
 Operands = tuple[Tensor, Tensor, Index, Index, Index]  # weight, values, index, rows, columns
@@ -33,7 +34,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, index = ctx.saved_tensors
-        grad = grad.to_dense() if grad.is_sparse else grad
+        grad = grad.to_dense() if grad.is_sparse else whole(grad)
         return None, grad.reshape(-1)[index].to(values.dtype), None
 
 

@@ -24,7 +24,9 @@ from .. import params
 from ..heads import Head, Names
 from ..kernels.sampled import Footprint, footprint, index_dtype, precise
 from ..selection import Selection
+from . import sharded
 from .entries import Entries, attach_entries, dense_of, detach_entries, samples, why_refused
+from .sharded import is_sharded
 
 OPEN = "_masked_training"  # where a model in masked training holds it
 Self = TypeVar("Self", bound="MaskedTraining")
@@ -43,6 +45,11 @@ class MaskedTraining:
     gathered from its dense gradient, which lives for a moment in the backward. A tensor that is
     selected whole trains as it is. What is trained in half precision gets a float32 master, which a
     ``state_dict`` holds rounded, as the model's own tensor; `hf.SaveDelta` keeps masters.
+
+    A model may be under `fully_shard` (FSDP2), with a selection that was made before: what is
+    frozen stays sharded, and all that is trained, the head and whole tensors too, is replicated.
+    Gradients are averaged at the end of every backward, in one exchange of as many values (and one
+    more for each tensor). Every process makes the same calls.
 
     Parameters
     ----------
@@ -92,7 +99,7 @@ class MaskedTraining:
     ) -> None:
         self.head_names, also = check_selection(model, selection, dense, head, shrinks)
         self.model, self.selection, self.sampled = params.unwrap(model), selection, sampled
-        self.total = sum(p.numel() for p in params.weights(model, head).values())
+        self.total = sum(p.numel() for p in params.candidates(model, head).values())
         self.allow_unused = _skips(self.model) if allow_unused is None else allow_unused
         named, self._places = params.named_parameters(model), params.owners(model)
         self._flags = {name: p.requires_grad for name, p in named.items()}
@@ -107,7 +114,7 @@ class MaskedTraining:
             index, p, places = selection.indices.get(name), named[name], self._places[name]
             if index is not None and len(index) == p.numel() and not shrinks:
                 index = None
-            if index is None and precise(p) == p.dtype:
+            if index is None and precise(p) == p.dtype and not is_sharded(p):
                 p.requires_grad_(True)
                 self._trained[name] = p
                 continue
@@ -120,10 +127,15 @@ class MaskedTraining:
                 attach_entries(module, attribute, entries, product)
         self._ids = {id(p) for p in self._trained.values()}
         self._buffers = list(params.named_buffers(model))
+        self._mesh = sharded.mesh_of(self.model, named)
         self._start = self.values()
         self._checked = weakref.WeakSet[Optimizer]()
         own = weakref.ref(self)
-        self._hook = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
+        check = register_optimizer_step_pre_hook(lambda o, a, k: _check_step(own(), o))
+        self._hooks = [check]
+        if self._mesh is not None:
+            both = self._entries.values(), self._trained.values()
+            self._hooks += sharded.follow(self.model, *both, self._mesh)
         self.model.__dict__[OPEN] = _Held(self)
 
     @property
@@ -168,7 +180,7 @@ class MaskedTraining:
         if self._final is not None:
             own = {n: t.to(self._start[n].dtype) for n, t in self._final.items()}
             return self._final if precise else own
-        named = params.named_buffers(self.model)
+        named = params.named_buffers(self.model)  # and no tensor is left gathered
         found: dict[str, Tensor] = {n: self._value(n, precise) for n in self._trained}
         found |= {name: named[name] for name in self._buffers if name in named}
         return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
@@ -177,8 +189,12 @@ class MaskedTraining:
         p, entries = self._trained[name], self._entries.get(name)
         index, dense = self.selection.indices.get(name), dense_of(*self._places[name][0])
         size = dense.numel() if index is None else len(index)
+        if is_sharded(dense) and self._mesh is None:
+            raise RuntimeError(f"model's {name!r} was sharded in masked training; {sharded.ORDER}")
         if entries is None or (precise and p.numel() == size):  # `shrink` drops some
             return p
+        if is_sharded(dense):
+            return p.to(dense.dtype)
         entries.write(dense)
         at = None if entries.index is None or index is None else index.to(dense.device)
         return dense if at is None else dense.reshape(-1)[at]
@@ -226,7 +242,8 @@ class MaskedTraining:
         """Write the trained values into the weights and restore the model; twice does nothing."""
         if self.closed:
             return
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.model.__dict__.pop(OPEN, None)
         self._final = self.values(precise=True)
         unmask(self.model)
@@ -297,13 +314,17 @@ def check_selection(
         p, shape, own = named[name], tuple(selection.shapes[name]), tuple(named[name].shape)
         if own != shape:
             raise ValueError(f"selection[{name!r}] is for shape {shape}, the model has {own}")
-        if shrinks or len(index) < p.numel() or p.element_size() < 4:
+        if shrinks or is_sharded(p) or len(index) < p.numel() or p.element_size() < 4:
             partly[name] = places[name]
     _check_places("selection", partly)
+    if sharded.mesh_of(params.unwrap(model), named) is not None and shrinks:
+        raise ValueError("shrinks=True is not for sharded models; train in one process, or in DDP")
     for name in (*indices, *also, *heads):
         if named[name].is_meta:
             why = "is on the meta device, which holds no values (offloaded?)"
             raise ValueError(f"{name!r} {why}; load the whole model first")
+        if (reason := sharded.why_refused(named[name])) is not None:
+            raise ValueError(f"model's {name!r} {reason}")
         if not named[name].is_floating_point():
             raise ValueError(f"{name!r} is {named[name].dtype}; only floating-point tensors train")
     return heads, also
@@ -376,7 +397,10 @@ def _of_another_size(state: Mapping[str, Any], p: Tensor) -> bool:
 
 def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
     """Raise if the optimizer that holds these was made too early, or a gradient is missing."""
-    trained = training._trained
+    trained, now = training._trained, list(training.model.parameters())
+    known = {*training._ids, *map(id, now)}
+    if training._mesh is None and held & known and any(map(is_sharded, now)):
+        raise ValueError(f"model was sharded in masked training; {sharded.ORDER}")
     for name, entries in training._entries.items():
         module, attribute = training._places[name][0]
         dense = module._parameters.get(attribute)  # None where a wrapper took it away

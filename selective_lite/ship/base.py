@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..heads import class_of
+from ..layers.sharded import is_sharded, whole
 from ..params import holds_codes, named_buffers, named_parameters, owners, ties, unwrap
 from .file import DeltaError, digest
 
@@ -28,11 +30,10 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
-    ours = __name__.partition(".")[0]  # a layer in masked training has a class of ours
-    cls = next(c for c in type(model).__mro__ if not c.__module__.startswith(ours + "."))
+    ours = __name__.partition(".")[0] + "."  # a layer in masked training has a class of ours
     floats = (p for p in named_parameters(model).values() if p.is_floating_point())
     found = {
-        "class": cls.__name__,
+        "class": class_of(model, (ours,)).__name__,
         "dtype": str(next(floats).dtype),
         "name_or_path": getattr(config, "_name_or_path", None),
         "revision": getattr(config, "_commit_hash", None),
@@ -62,7 +63,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def at(tensor: Tensor, positions: Tensor | None = None) -> Tensor:
     """A copy on the CPU of a tensor's values at flat positions, or of all of them, flat."""
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     if positions is None:
         return flat.cpu().clone()
     return flat.index_select(0, positions.to(tensor.device)).cpu()
@@ -200,6 +201,8 @@ def check_tensor(name: str, tensor: Tensor, shape: list[int], dtype: str, table:
         Whether it belongs to an embedding, whose rows may have been resized.
     """
     found = list(tensor.shape)
+    if is_sharded(tensor):
+        raise DeltaError(f"model's {name!r} is sharded; apply the delta before fully_shard")
     if tensor.is_meta:
         raise DeltaError(
             f"model's {name!r} is on the meta device (offloaded, or not loaded), which holds no "

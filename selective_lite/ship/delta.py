@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.masked import training_of
 from ..layers.small import adapters, add_adapters, find_layers, remove_adapters
-from ..params import unwrap, weights
+from ..params import candidates, unwrap
 from ..selection import Selection
 from .base import Names, at, check_tensor, find_names, fingerprint, tensors_of
 from .file import (
@@ -256,9 +256,9 @@ class Delta:
         if model is None:
             return Selection(where, {n: shapes[n] for n in where}, self.metadata["method"])
         names = self.names(model).found
-        candidates = weights(model, [names[name] for name in self.head if name in names])
+        free = candidates(model, [names[name] for name in self.head if name in names])
         found = {names[name]: index for name, index in where.items()}
-        all_shapes = {name: tuple(p.shape) for name, p in candidates.items()}
+        all_shapes = {name: tuple(p.shape) for name, p in free.items()}
         all_shapes |= {names[name]: shapes[name] for name in where}
         ordered = {name: found[name] for name in all_shapes if name in found}
         return Selection(ordered, all_shapes, self.metadata["method"])

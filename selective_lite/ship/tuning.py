@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..heads import class_of
 from ..layers.masked import MaskedTraining
+from ..layers.sharded import is_sharded
 from ..layers.small import adapter_parameters, adapters
-from ..params import head_weights, named_parameters, weights
+from ..params import candidates, head_weights, named_parameters
 from ..selection import Selection
 from .base import at, tensors_of
 from .delta import Delta
@@ -33,8 +35,11 @@ class Tuning(MaskedTraining):
         **options: Any,
     ) -> None:
         own = adapter_parameters(model)
+        if any(is_sharded(p) for name, p in named_parameters(model).items() if name in own):
+            remedy = "give fully_shard(..., ignored_params=) theirs"
+            raise ValueError(f"model's small modules are sharded; {remedy}")
         heads = [name for name in head_weights(model, head) if name not in own]
-        total = sum(p.numel() for name, p in weights(model, head).items() if name not in own)
+        total = sum(p.numel() for name, p in candidates(model, head).items() if name not in own)
         super().__init__(model, selection, dense, head=head, **options)
         self._heads, self.total = heads, total  # the whole head, however its tensors are trained
 
@@ -42,7 +47,8 @@ class Tuning(MaskedTraining):
         """What training changed so far, or had changed when it was left.
 
         The file is, to the byte, the one of ``diff(snapshot(model), model, method=method)`` with
-        the snapshot taken before, and the same `head`.
+        the snapshot taken before, and the same `head`. Of a sharded model it is what one process
+        would give; every process asks for it, and one of them saves it.
 
         Parameters
         ----------
@@ -151,7 +157,8 @@ class Tuning(MaskedTraining):
             return at(tensor if start is None else start, where)
         where = _everything(tensor) if where is None else where.long()
         own = torch.searchsorted(index, where).clamp(max=len(index) - 1)
-        return torch.where(index[own] == where, start.reshape(-1)[own], at(tensor, where))
+        known, trained = start.reshape(-1)[own], index[own] == where
+        return known if trained.all() else torch.where(trained, known, at(tensor, where))
 
     def _check_same(self, delta: Delta, tensors: Mapping[str, Tensor]) -> None:
         for name, shape in delta.metadata["shapes"].items():
@@ -245,4 +252,4 @@ def _what(tuning: Tuning) -> str:
     size = sum(named[name].numel() for name in heads)
     head = f"its head whole ({', '.join(heads)}: {size:,} weights)" if heads else "no head"
     dense = f"; dense gradients are gathered for {', '.join(gathered)}" if gathered else ""
-    return f"{type(tuning.model).__name__}, and {head}{dense}"
+    return f"{class_of(tuning.model).__name__}, and {head}{dense}"
