@@ -37,4 +37,5 @@ def trained(
         for parameter in sl.head_weights(model.get_base_model()).values():
             parameter.requires_grad_(True)
     moved = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(moved, lr=1e-4, fused=True if way.endswith("fused") else None)
+    # As `fit` and Trainer do by default; only full training is shown without it, too.
+    return model, torch.optim.AdamW(moved, lr=1e-4, fused=way != "full AdamW")

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .batches import Loss, model_loss
 from .heads import Head, Names
-from .kernels.sampled import precise
+from .kernels.sampled import index_dtype, precise
 from .layers.entries import Entries, dense_of, entries_of
 from .layers.masked import check_selection, footprint_of, gathers
 from .params import in_masked_training, named_parameters, names_under, owners, preserve_modes
@@ -104,7 +104,8 @@ def predicted_ledger(
     also = names_under(dense, named, "dense")
     if selection is not None:
         also = [*chain(*check_selection(model, selection, dense, head))]
-    partly = {name: index for name, index in indices.items() if len(index) < named[name].numel()}
+    sizes = {name: named[name].numel() for name in indices}
+    partly = {n: at.to(index_dtype(sizes[n])) for n, at in indices.items() if len(at) < sizes[n]}
     parts = [footprint_of(index, named[name], places[name]) for name, index in partly.items()]
     added = [*beside, *(_like(named[n], (len(index),)) for n, index in partly.items())]
     whole = [*also, *(name for name in indices if name not in partly)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ Schedule = Callable[[float], float]
 Group = dict[str, Any]
 Record = dict[str, Any]
 Maker = Callable[..., Optimizer]  # of a phase's groups
+FUSED_ADAMW: Maker = partial(AdamW, fused=True)  # one call for all tensors, not some for each
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def fit(
     batches: Batches,
     *,
     loss: Loss = model_loss,
-    optimizer: Maker = AdamW,
+    optimizer: Maker = FUSED_ADAMW,
     on_step: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Run every phase of a method; the model is trained in place.
@@ -194,7 +196,8 @@ def fit(
     loss
         ``(model, batch) -> scalar``.
     optimizer
-        Called with a phase's groups; a new one for every phase.
+        Called with a phase's groups; a new one for every phase. The default is
+        ``AdamW(fused=True)``; give ``AdamW`` on a device that has no such kernel.
     on_step
         Called with each step's record, e.g. to show progress.
 
@@ -273,14 +276,12 @@ def _steps(
     schedules = [_per_step(group.get("schedule", linear_decay), steps) for group in groups]
     rates = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
     model.train()
-    passes = chain.from_iterable(repeat(batches, phase.epochs))
-    for number, batch in enumerate(passes, 1):
+    for number, batch in enumerate(chain.from_iterable(repeat(batches, phase.epochs)), 1):
         batch, step = to_device(batch, model), Step(number, steps, opt)
         task, where = loss(model, batch), f"at step {number} of phase {phase.name!r}"
         check_loss(task, batch, where)
         penalty = phase.penalty() if phase.penalty else torch.zeros_like(task)
-        total = task + penalty
-        check_loss(total, batch, where)
+        check_loss(total := task + penalty, batch, where)
         opt.zero_grad()
         total.backward()
         if phase.before_step:

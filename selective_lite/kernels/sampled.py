@@ -2,7 +2,9 @@
 
 A selected entry of a linear layer's gradient is a dot product over tokens, of a column of the
 outgoing gradient and a column of the input. Most of the time goes into making those columns
-contiguous; where they are few, only they are made so, and only they are kept of the input.
+contiguous; where they are few, only they are made so, and only they are kept of the input. On the
+CPU, in float32, a C function does so tile by tile (see `native`); what follows is its reference,
+and what runs elsewhere.
 """
 
 from __future__ import annotations
@@ -14,15 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Index = Tensor | None  # positions or features, int64; None for all of them
+from . import native
+
+Index = Tensor | None  # positions or features, int32 or int64; None for all of them
 Footprint = tuple[Index, Index]  # rows and columns
-BLOCK = 128  # tokens transposed together
+BLOCK = 49152  # numbers that are transposed together, of 32 tokens at least
 GATHER_BELOW = 0.4  # of a matrix's rows or columns: gathering fewer is faster than transposing all
 
 
 def precise(tensor: Tensor) -> torch.dtype:
     """The dtype that a tensor is summed and trained in: its own, or float32 for half precision."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def index_dtype(size: int) -> torch.dtype:
+    """The dtype of positions in a tensor of this many values: int32 where it can be."""
+    return torch.int32 if size < 2**31 else torch.int64
+
+
+def write(dense: Tensor, values: Tensor, index: Tensor) -> None:
+    """``dense.flatten()[index] = values``, in place; all on one device, in one dtype."""
+    if dense.is_contiguous() and (loaded := native.fits(dense, values, index)):
+        native.write(loaded, dense, values, index)
+    elif dense.is_contiguous():
+        dense.view(-1).index_copy_(0, index.long(), values)
+    else:
+        dense.put_(index.long(), values)
 
 
 def sampled_product(
@@ -36,7 +55,8 @@ def sampled_product(
         (T, height) and (T, width), floating point; half precision is summed in float32. What
         `columns_as_rows` gives of them where `rows` or `columns` are given.
     index
-        Flat row-major positions in (height, width), int64, strictly increasing, same device.
+        Flat row-major positions in (height, width), int32 or int64, strictly increasing, same
+        device.
     height, width
         Of the product.
     rows, columns
@@ -50,6 +70,8 @@ def sampled_product(
     left, right = left.to(precise(left)), right.to(precise(right))
     if rows is not None and columns is not None and (len(rows) == height or len(columns) == width):
         return (left @ right.t()).flatten()
+    if loaded := native.fits(left, right, index):
+        return native.product(loaded, left, right, index, width, rows, columns)
     row, column = index.div(width, rounding_mode="floor"), index % width
     left, row = (by_feature(left), row) if rows is None else (left, torch.searchsorted(rows, row))
     if columns is None:
@@ -60,9 +82,11 @@ def sampled_product(
         pairs = zip(row.split(4096), column.split(4096), strict=True)
         return torch.cat([(left[r] * right[c]).sum(1) for r, c in pairs])
     _silence_sparse_warning()
-    starts = torch.searchsorted(row, torch.arange(len(left) + 1, device=index.device))
+    starts = torch.searchsorted(row, torch.arange(len(left) + 1, device=row.device).to(row.dtype))
     zeros, shape = left.new_zeros(len(index)), (len(left), len(right))
-    pattern = torch.sparse_csr_tensor(starts, column, zeros, shape, check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        starts.to(index.dtype), column.to(index.dtype), zeros, shape, check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0).values()
 
 
@@ -79,7 +103,7 @@ def sampled_rows(
     ids
         Which rows were looked up, (...), integers.
     index
-        Flat row-major positions in the table, int64, strictly increasing.
+        Flat row-major positions in the table, int32 or int64, strictly increasing.
     width
         Of the table.
     padding_idx
@@ -90,16 +114,14 @@ def sampled_rows(
     Tensor
         One value a position, float32, or float64 for a float64 `grad`.
     """
-    grad = grad.reshape(-1, width).to(precise(grad))
-    if ids.numel() == 0:
-        return grad.new_zeros(len(index))
-    seen, slot = ids.reshape(-1).unique(return_inverse=True)
-    rows = grad.new_zeros(len(seen), width).index_add_(0, slot, grad)
-    if padding_idx is not None:
-        rows[seen == padding_idx] = 0
-    row = index.div(width, rounding_mode="floor")
-    place = torch.searchsorted(seen, row).clamp_(max=len(seen) - 1)
-    return rows[place, index % width] * (seen[place] == row)
+    grad, ids = grad.reshape(-1, width).to(precise(grad)), ids.reshape(-1).to(index.dtype)
+    first, end = (torch.searchsorted(index, row * width) for row in (ids, ids + 1))
+    counts = end - first if padding_idx is None else (end - first) * (ids != padding_idx)
+    token = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+    # Where a token's entries begin, less how many the tokens before it have.
+    place = torch.arange(len(token), device=ids.device) + (first - counts.cumsum(0) + counts)[token]
+    found = grad[token, index[place] % width]
+    return grad.new_zeros(len(index)).index_add_(0, place, found)
 
 
 def _operation(function: Any, schema: str) -> Any:
@@ -160,7 +182,8 @@ def by_feature(operand: Tensor) -> Tensor:
 
     Block by block, for a column's values lie so far apart that caches thrash.
     """
-    return torch.cat([block.t() for block in operand.split(BLOCK)], 1)
+    tokens = max(32, BLOCK // operand.shape[1])
+    return torch.cat([block.t() for block in operand.split(tokens)], 1)
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..kernels.sampled import Index, precise
+from ..kernels.sampled import Index, precise, write
 from .attach import Attached, attach, detach, stand_in
 from .functions import embedding, linear, scatter
 
@@ -32,7 +32,8 @@ class Entries(nn.Module):
     dense
         The tensor, any shape, floating point.
     index
-        Flat row-major positions (k,), int64, on the tensor's device. ``None`` takes all of the
+        Flat row-major positions (k,), int32 where the tensor has fewer than 2^31 entries, else
+        int64, on its device. ``None`` takes all of the
         tensor: then the values are a copy in more precision (a master of a half-precision tensor).
     rows, columns
         The `kernels.sampled.footprint` of the positions, or None.
@@ -73,10 +74,8 @@ class Entries(nn.Module):
         target, source = dense.data, values.data.to(dense.dtype)  # type: ignore[union-attr]
         if self.index is None:
             target.copy_(source)
-        elif target.is_contiguous():
-            target.view(-1).index_copy_(0, self.index, source)
         else:
-            target.put_(self.index, source)
+            write(target, source, self.index)
 
     def take(self, dense: Tensor) -> None:
         """Set the values from the dense tensor, except where they agree with it already.

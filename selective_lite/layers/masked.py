@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import params
 from ..heads import Head, Names
-from ..kernels.sampled import Footprint, footprint, precise
+from ..kernels.sampled import Footprint, footprint, index_dtype, precise
 from ..selection import Selection
 from .entries import Entries, attach_entries, dense_of, detach_entries, samples, why_refused
 
@@ -111,7 +111,7 @@ class MaskedTraining:
                 p.requires_grad_(True)
                 self._trained[name] = p
                 continue
-            at = None if index is None else index.to(p.device)
+            at = None if index is None else index.to(p.device, index_dtype(p.numel()))
             parts = (None, None) if at is None or shrinks else footprint_of(at, p, places, sampled)
             self._entries[name] = entries = Entries(p, at, *parts)
             self._trained[name] = entries.values

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..kernels.sampled import index_dtype
 from ..layers.masked import training_of
 from ..layers.small import KINDS, adapter_parameters, adapters
 from ..params import head_weights, named_buffers, ties, weights
 from .base import at, base_of, fingerprint, library_version, tensors_of
 from .delta import Delta, Reader
-from .file import MODULES, bits, body_of, index_dtype
+from .file import MODULES, bits, body_of
 from .steps import HALVES
 
 

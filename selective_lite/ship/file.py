@@ -21,6 +21,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from ..kernels.sampled import index_dtype
 from ..layers.small import KINDS, part_shapes
 from .positions import increasing, pack, unpack
 from .steps import HALVES, pack_steps, steps_between, unpack_steps
@@ -218,11 +219,6 @@ def body_of(parts: Mapping[str, Any]) -> list[str]:
 def step_dtypes(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The dtype of every tensor whose values a file holds as steps, by name."""
     return {name: dtype for dtype, named in metadata.get(STEPS, {}).items() for name in named}
-
-
-def index_dtype(size: int) -> torch.dtype:
-    """The dtype of positions in a tensor of this many values."""
-    return torch.int32 if size < 2**31 else torch.int64
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

@@ -7,8 +7,19 @@ import torch
 from torch import nn
 
 import selective_lite as sl
+from selective_lite.kernels import native
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would cost more than it gives
+
+
+@pytest.fixture(params=["C", "torch"])
+def kernels(request, monkeypatch):
+    """Sampled products by the C source, and by torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("there is no C compiler")
+    return request.param
 
 
 class Toy(nn.Module):

@@ -469,7 +469,7 @@ def test_a_row_follows_from_its_own_method_and_not_from_the_others_or_the_keepin
     shared = {"training.fit", "lab.data.sentiment.Split", "selection.select"}
     assert shared <= pruned & random
     assert "methods.diff_pruning.calibration.Calibration" in pruned - random
-    assert "scores.random_scores" in random - pruned
+    assert "methods.controls.random_scores" in random - pruned
     kept = {"lab.experiments.provenance", "lab.data.assets"}
     assert not [name for name in pruned | random if name.rpartition(".")[0] in kept]
 
@@ -479,6 +479,6 @@ def test_a_page_of_the_book_follows_from_what_its_code_names(copy):
     gates = [*cells, "sl.hard_concrete(0)"]
     rows = [*cells, 'results.read("movies")']
     before = page(*gates), page(*rows)
-    copy("gates.py", r"torch\.sigmoid", "2 * torch.sigmoid")
+    copy("methods/hard_concrete.py", r"torch\.sigmoid", "2 * torch.sigmoid")
     assert page(*gates) != before[0]
     assert page(*rows) == before[1]

@@ -36,7 +36,7 @@ def test_masked_adamw_holds_twelve_bytes_and_little_more_for_a_selected_weight(
         "weights": 4 * weights + buffers + 4 * partly,
         "gradients": 4 * selection.count,
         "optimizer": 8 * selection.count + 4 * tensors,
-        "index": 8 * partly,
+        "index": 4 * partly,
         "passing": 4 * vectors,  # the dense gradients that entries are gathered from
     }
     assert (found["gradients"] + found["optimizer"]) / selection.count <= 13

@@ -1,0 +1,162 @@
+/* Products over tokens at some positions only: out[e] = sum over t of left[t, row(e)] * right[t, column(e)].
+
+   Tokens are cut into tiles of TILE. Of the right operand a whole tile, of the left one BLOCK features of it, are
+   transposed, GROUP features by GROUP tokens, into a buffer that stays in the second-level cache (groups without a
+   position are left out). Then a position costs TILE multiply-adds of contiguous vectors. Each thread has its own tokens
+   and its own sums; these are added up last, in the order of the threads. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define TILE 64
+#define GROUP 8
+#define BLOCK 1024
+
+typedef float vector __attribute__((vector_size(4 * GROUP)));
+typedef float unaligned __attribute__((vector_size(4 * GROUP), aligned(4)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t picked __attribute__((vector_size(4 * GROUP)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (picked){__VA_ARGS__})
+#endif
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 12)
+typedef float wide __attribute__((vector_size(64)));
+#define HALF(a) (PICK(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + PICK(a, a, 8, 9, 10, 11, 12, 13, 14, 15))
+#else
+typedef vector wide;
+#define HALF(a) (a)
+#endif
+#define WIDES (TILE * 4 / (int)sizeof(wide))
+
+/* (T, width) by token, or (width, T) by feature; `at`, if there, says where a feature lies among those that are held. */
+typedef struct {
+    const float *data;
+    int64_t by_feature, width;
+    const int32_t *at;
+} operand;
+
+static inline __attribute__((always_inline)) float total(wide b) {
+    vector a = HALF(b);
+    a += PICK(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+    a += PICK(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    return a[0] + a[1];
+}
+
+static inline __attribute__((always_inline)) void transpose(const float *from, int64_t stride, float *to) {
+    vector r[GROUP], s[GROUP];
+    for (int i = 0; i < GROUP; i++) r[i] = *(const unaligned *)(from + i * stride);
+    for (int i = 0; i < GROUP; i += 2) {
+        s[i] = PICK(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        s[i + 1] = PICK(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < GROUP; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            r[j] = PICK(s[j], s[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            r[j + 2] = PICK(s[j], s[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int j = 0; j < 4; j++) {
+        *(vector *)(to + j * TILE) = PICK(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *(vector *)(to + (j + 4) * TILE) = PICK(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+/* n <= TILE tokens, from `token` on, of the features from `first` to `last`, as rows of TILE, zeros behind the n-th. */
+static void tile(const operand *a, int64_t T, int64_t token, int n, int64_t first, int64_t last, const uint8_t *used,
+                 float *out) {
+    for (int64_t c = first; c < last; c += GROUP) {
+        if (!used[c / GROUP]) continue;
+        int m = c + GROUP < last ? GROUP : (int)(last - c);
+        float *to = out + (c - first) * TILE;
+        if (a->by_feature) {
+            for (int j = 0; j < m; j++) {
+                memcpy(to + j * TILE, a->data + (c + j) * T + token, 4 * n);
+                memset(to + j * TILE + n, 0, 4 * (TILE - n));
+            }
+            continue;
+        }
+        for (int t = 0; t < TILE; t += GROUP) {
+            const float *from = a->data + (token + t) * a->width + c;
+            if (t + GROUP <= n && m == GROUP) {
+                transpose(from, a->width, to + t);
+                continue;
+            }
+            for (int j = 0; j < m; j++)
+                for (int i = 0; i < GROUP; i++) to[j * TILE + t + i] = t + i < n ? from[i * a->width + j] : 0;
+        }
+    }
+}
+
+/* The tokens from `from` to `to`: k products are added to `out`. */
+static void part(const operand *left, const operand *right, int64_t T, int64_t from, int64_t to, const int32_t *starts,
+                 const int32_t *columns, const uint8_t *used_left, const uint8_t *used_right, float *out, float *buffer) {
+    float *block = buffer + (right->width + GROUP) * TILE;
+    for (int64_t t = from; t < to; t += TILE) {
+        int n = to - t < TILE ? (int)(to - t) : TILE;
+        tile(right, T, t, n, 0, right->width, used_right, buffer);
+        for (int64_t first = 0; first < left->width; first += BLOCK) {
+            int64_t last = first + BLOCK < left->width ? first + BLOCK : left->width;
+            if (starts[first] == starts[last]) continue;
+            tile(left, T, t, n, first, last, used_left, block);
+            for (int64_t r = first; r < last; r++) {
+                const wide *d = (const wide *)(block + (r - first) * TILE);
+                for (int32_t e = starts[r]; e < starts[r + 1]; e++) {
+                    const wide *v = (const wide *)(buffer + (int64_t)columns[e] * TILE);
+                    wide a = d[0] * v[0], b = d[1] * v[1];
+                    for (int i = 2; i < WIDES; i += 2) {
+                        a += d[i] * v[i];
+                        b += d[i + 1] * v[i + 1];
+                    }
+                    out[e] += total(a + b);
+                }
+            }
+        }
+    }
+}
+
+/* k products at sorted positions in a matrix of `width` columns; 0, or 1 where memory is short. */
+int sampled_product(const float *left_data, int64_t left_by_feature, int64_t left_width, const int32_t *left_at,
+                    const float *right_data, int64_t right_by_feature, int64_t right_width, const int32_t *right_at,
+                    int64_t T, const int32_t *index, int64_t k, int64_t width, int64_t threads, float *out) {
+    operand left = {left_data, left_by_feature, left_width, left_at};
+    operand right = {right_data, right_by_feature, right_width, right_at};
+    int64_t tiles = (T + TILE - 1) / TILE, groups = left_width / GROUP + right_width / GROUP + 2;
+    int64_t size = (right_width + GROUP + BLOCK) * TILE;
+    if (threads > tiles) threads = tiles;
+    if (threads < 1) threads = 1;
+    int32_t *starts = calloc(left_width + 2, 4), *columns = malloc(4 * (k + 1));
+    uint8_t *used_left = calloc(groups, 1), *used_right = used_left + left_width / GROUP + 1;
+    float *sums = calloc((threads - 1) * k + 1, 4), *buffers = aligned_alloc(64, 4 * size * threads);
+    int failed = !starts || !columns || !used_left || !sums || !buffers;
+    if (!failed) {
+        for (int64_t e = 0; e < k; e++) {
+            int32_t r = index[e] / width, c = index[e] % width;
+            r = left_at ? left_at[r] : r;
+            columns[e] = right_at ? right_at[c] : c;
+            starts[r + 1]++;
+            used_left[r / GROUP] = used_right[columns[e] / GROUP] = 1;
+        }
+        for (int64_t r = 0; r < left_width; r++) starts[r + 1] += starts[r];
+        memset(out, 0, 4 * k);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads)
+#endif
+        for (int64_t i = 0; i < threads; i++) {
+            int64_t to = tiles * (i + 1) / threads * TILE;
+            part(&left, &right, T, tiles * i / threads * TILE, to < T ? to : T, starts, columns, used_left, used_right,
+                 i ? sums + (i - 1) * k : out, buffers + i * size);
+        }
+        for (int64_t i = 0; i + 1 < threads; i++)
+            for (int64_t e = 0; e < k; e++) out[e] += sums[i * k + e];
+    }
+    free(starts), free(columns), free(used_left), free(sums), free(buffers);
+    return failed;
+}
+
+/* dense[index] = values */
+void write_entries(float *dense, const float *values, const int32_t *index, int64_t k) {
+    for (int64_t e = 0; e < k; e++) dense[index[e]] = values[e];
+}
