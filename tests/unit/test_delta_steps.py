@@ -414,6 +414,16 @@ def test_hostile_streams_are_refused(shipped, tensors):
         sl.load(forged(shipped[3]["gap-lzma"], tensors, {}))
 
 
+def test_values_without_positions_are_refused(shipped):
+    path, metadata = shipped[3]["flat"], shipped[2].metadata
+    body = sorted({*shipped[2].positions, *shipped[2].dense, *shipped[2].buffers})
+    named = zip(body, metadata["fingerprints"], strict=True)
+    kept = [text for name, text in named if name != "third.weight"]
+    changes = {"fingerprints": kept, "k": metadata["k"] - 9}
+    with pytest.raises(sl.DeltaError, match="do not name the same parameters"):
+        sl.load(forged(path, {"positions/third.weight": None}, changes))
+
+
 def test_streams_of_no_steps_are_refused(tmp_path):
     base, tuned = nn.Linear(3, 3), nn.Linear(3, 3)
     tuned.load_state_dict(base.state_dict())
