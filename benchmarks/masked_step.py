@@ -33,19 +33,19 @@ MAIN = {
     "dtype": "float32",
     "allocator": "keeps",
     "rank": 8,
-    "warmup": 3,
-    "rounds": 16,
+    "warmup": 2,
+    "rounds": 12,
     "take": 1,
 }
-LAYER = {"model": "llama layer", "batch": 4, "tokens": 128, "rounds": 6}  # 2,048 by 5,632
+LAYER = {"model": "llama layer", "batch": 4, "tokens": 128, "rounds": 5}  # 2,048 by 5,632
 CONFIGS = [
     *({**MAIN, "budget": budget} for budget in (0.0002, 0.005, 0.05)),
     *(
-        {**MAIN, "budget": budget, "selection": "FISH", "rounds": 10}
+        {**MAIN, "budget": budget, "selection": "FISH", "rounds": 7}
         for budget in (0.0002, 0.005, 0.05)
     ),
-    {**MAIN, "allocator": "returns", "rounds": 10},
-    {**MAIN, "dtype": "bfloat16", "rounds": 6},
+    {**MAIN, "allocator": "returns", "rounds": 7},
+    {**MAIN, "dtype": "bfloat16", "rounds": 4},
     {**MAIN, **LAYER},
 ]
 AGAIN = [{**config, "take": 2} for config in CONFIGS[:3]]
