@@ -29,6 +29,7 @@ from .methods.hard_concrete import (
     open_probability,
 )
 from .methods.lt_sft import lt_sft, movement
+from .methods.rules import select_tensors
 from .methods.sara import sara, smaller_than, smallest
 from .methods.sora import SoRA, sora
 from .methods.spt import allocate, spt
@@ -40,7 +41,7 @@ from .scores import (
     squared_gradient,
     taylor,
 )
-from .selection import Selection, select, select_tensors
+from .selection import Selection, select
 from .ship.arithmetic import combine, compose
 from .ship.delta import Delta, load
 from .ship.describe import describe

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .heads import Head, Names, find_head
+from .kernels.sharded import ORDER, is_sharded, reshard
 from .layers.entries import Entries
-from .layers.sharded import ORDER, is_sharded, reshard
 
 Budget = int | float
 Parameters = dict[str, nn.Parameter]
@@ -288,12 +288,6 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Any] = {**named_parameters(model), **named_buffers(model)}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def one_of(argument: str, value: object, allowed: tuple) -> None:
-    """Raise a `ValueError` unless an argument's value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r} is unknown; choose one of {allowed}")
 
 
 def check_names(given: Iterable[str], known: Collection[str], argument: str) -> None:

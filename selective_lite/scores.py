@@ -14,8 +14,9 @@ from torch.nn import Module
 from . import params
 from .batches import Batch, Batches, Loss, check_loss, model_loss, samples_of, to_device
 from .heads import Head, Names
+from .kernels.checks import one_of
 from .kernels.sampled import precise
-from .params import in_masked_training, names_under, one_of, weights
+from .params import in_masked_training, names_under, weights
 
 Scores = dict[str, Tensor]
 Of = Callable[[Tensor], Tensor]  # of a gradient: what is summed

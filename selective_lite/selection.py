@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -13,10 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import Module, Parameter
 
-from .heads import Head
-from .params import Budget, resolve_budget, weights
+from .params import Budget, resolve_budget
 from .scores import ALL_ZERO, NOT_FINITE
 
 CHUNK = 1 << 18  # scores per chunk; bounds the extra memory of `select`
@@ -274,22 +272,3 @@ def _kth_key(scores: Named, largest: bool, wide: bool, k: int, counts: Tensor) -
         k -= int(above[passed] - counts[-1 - passed])
         prefix = (prefix << 16) + BUCKETS - 1 - passed - (BUCKETS // 2 if shift == top else 0)
     return prefix, k
-
-
-def select_tensors(
-    model: Module, predicate: Callable[[str, Parameter], bool], head: Head = None
-) -> Selection:
-    """Every weight of every candidate tensor for which `predicate(name, parameter)` holds.
-
-    Raises
-    ------
-    ValueError
-        If no tensor satisfies the rule.
-    """
-    candidates = weights(model, head)
-    taken = {name: p.numel() for name, p in candidates.items() if predicate(name, p)}
-    if not taken:
-        remedy = "print(list(weights(model))) shows their names"
-        raise ValueError(f"predicate holds for no candidate tensor; {remedy}")
-    indices = {name: torch.arange(size, device="cpu") for name, size in taken.items()}
-    return Selection(indices, {name: tuple(p.shape) for name, p in candidates.items()})

@@ -1,1 +1,1 @@
-"""Kernels: arithmetic of tensors alone, which knows no model and no layer."""
+"""Kernels: what is built on torch alone, below all that knows a selection or a method."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..kernels.sampled import Index, precise, write
+from ..kernels.sharded import ORDER, Rows, is_sharded, rows_of, whole
 from .attach import Attached, attach, detach, stand_in
 from .functions import embedding, linear, scatter
-from .sharded import ORDER, Rows, is_sharded, rows_of, whole
 
 TORCH = "torch.distributed."
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own

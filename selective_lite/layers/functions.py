@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import sampled
-from .sharded import whole
+from ..kernels.sharded import whole
 
 Index = sampled.Index
 Operands = tuple[Tensor, Tensor, Index, Index, Index]  # weight, values, index, rows, columns

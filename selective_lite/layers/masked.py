@@ -22,11 +22,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import params
 from ..heads import Head, Names
+from ..kernels import sharded
 from ..kernels.sampled import Footprint, footprint, index_dtype, precise
+from ..kernels.sharded import is_sharded
 from ..selection import Selection
-from . import sharded
 from .entries import Entries, attach_entries, dense_of, detach_entries, samples, why_refused
-from .sharded import is_sharded
 
 OPEN = "_masked_training"  # where a model in masked training holds it
 Self = TypeVar("Self", bound="MaskedTraining")

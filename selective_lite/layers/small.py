@@ -1,4 +1,4 @@
-"""Small modules: LoRA (Hu et al. 2022) and the bottleneck Adapter (Houlsby et al. 2019).
+"""Small modules in layers: LoRA and the bottleneck Adapter (see `kernels.small`).
 
 A module sits inside the ``nn.Linear`` (or Hugging Face ``Conv1D``) that it belongs to, whose class
 changes: no hook to lose in a `deepcopy`, and the layer's own weight and bias keep their names. A
@@ -8,101 +8,21 @@ be taken out again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
 
 from ..heads import Head, Names
-from ..kernels.sampled import precise
-from ..params import Parameters, Place, check_names, one_of, owners, weights
+from ..kernels.checks import one_of
+from ..kernels.small import KINDS, Adapter, Kind, LoRA
+from ..params import Parameters, Place, check_names, owners, weights
 from .attach import Attached, attach, detach, stand_in
 from .entries import Selected, is_conv1d
 
-Kind = Literal["lora", "adapter"]
-KINDS = ("lora", "adapter")
 NO_MODULE = "only floating-point weights of nn.Linear or of Conv1D can have a small module"
-
-
-def part_shapes(kind: Kind, d_in: int, d_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a small module, ``{part: shape}``, for a layer from `d_in` to `d_out`.
-
-    Raises
-    ------
-    ValueError
-        If `kind` is neither ``"lora"`` nor ``"adapter"``.
-    """
-    one_of("kind", kind, KINDS)
-    if kind == "lora":
-        return {"A": (rank, d_in), "B": (d_out, rank)}
-    return {"down": (rank, d_out), "down_bias": (rank,), "up": (d_out, rank), "up_bias": (d_out,)}
-
-
-class _Small(nn.Module):
-    """Parts as `part_shapes` has them: the first is uniform, the others are zero.
-
-    Parameters
-    ----------
-    d_in, d_out
-        Features in and out of the layer.
-    rank
-        r.
-    generator
-        A CPU generator that draws the first part.
-    like
-        A tensor whose dtype and device the weights get.
-    """
-
-    kind: Kind
-
-    def __init__(
-        self, d_in: int, d_out: int, rank: int, *, generator: torch.Generator, like: Tensor
-    ) -> None:
-        super().__init__()
-        self.rank = rank
-        for part, shape in part_shapes(self.kind, d_in, d_out, rank).items():
-            values = torch.zeros(shape, device="cpu")
-            if not self._parameters:
-                values = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-                values = (2 * values - 1) / math.sqrt(shape[1])
-            setattr(self, part, nn.Parameter(values.to(like.device, like.dtype)))
-
-
-class LoRA(_Small):
-    """A low-rank difference B A to a weight: A (r, d_in) uniform in +-1 / sqrt(d_in), B zero."""
-
-    kind: Kind = "lora"
-    A: nn.Parameter
-    B: nn.Parameter
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output y (..., d_out), and the difference's of its input x (..., d_in)."""
-        # (eq-lora)  y = W x + b + B A x
-        return y + linear(linear(x, self.A), self.B)
-
-    def difference(self) -> Tensor:
-        """B A, (d_out, d_in), in float32 or float64."""
-        return self.B.detach().to(precise(self.B)) @ self.A.detach().to(precise(self.A))
-
-
-class Adapter(_Small):
-    """A bottleneck of width r behind a layer: down uniform in +-1 / sqrt(d_out), all else zero."""
-
-    kind: Kind = "adapter"
-    down: nn.Parameter
-    down_bias: nn.Parameter
-    up: nn.Parameter
-    up_bias: nn.Parameter
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output y (..., d_out) and what the bottleneck makes of it; x is not used."""
-        # (eq-adapter)  y' = y + U gelu(D y + d) + u
-        hidden = gelu(linear(y, self.down, self.down_bias))
-        return y + linear(hidden, self.up, self.up_bias)
 
 
 def linear_sizes(module: Any) -> tuple[int, int] | None:

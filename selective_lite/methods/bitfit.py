@@ -13,7 +13,8 @@ from dataclasses import replace
 from torch import nn
 
 from ..params import weights
-from ..selection import Selection, select_tensors
+from ..selection import Selection
+from .rules import select_tensors
 
 # The paper's variant, as `transformers` names BERT's modules.
 QUERY_AND_MLP = ("query", "intermediate.dense")

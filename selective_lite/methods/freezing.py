@@ -8,8 +8,9 @@ from dataclasses import replace
 from torch import nn
 
 from ..params import head_weights, layer_of, only_trainable, weights
-from ..selection import Selection, select_tensors
+from ..selection import Selection
 from ..training import Group, Phase, Phases, check_options, head_group
+from .rules import select_tensors
 
 
 def depths(model: nn.Module, head: Sequence[str] | None = None) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..heads import class_of
-from ..layers.sharded import is_sharded, whole
+from ..kernels.sharded import is_sharded, whole
 from ..params import holds_codes, named_buffers, named_parameters, owners, ties, unwrap
 from .file import DeltaError, digest
 

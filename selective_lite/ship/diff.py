@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels.sampled import index_dtype
+from ..kernels.small import KINDS
 from ..layers.masked import training_of
-from ..layers.small import KINDS, adapter_parameters, adapters
+from ..layers.small import adapter_parameters, adapters
 from ..params import head_weights, named_buffers, ties, weights
 from .base import at, base_of, fingerprint, library_version, tensors_of
 from .delta import Delta, Reader

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from ..kernels.sampled import index_dtype
-from ..layers.small import KINDS, part_shapes
+from ..kernels.small import KINDS, part_shapes
 from .positions import increasing, pack, unpack
 from .steps import HALVES, pack_steps, steps_between, unpack_steps
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import class_of
+from ..kernels.sharded import is_sharded
 from ..layers.masked import MaskedTraining
-from ..layers.sharded import is_sharded
 from ..layers.small import adapter_parameters, adapters
 from ..params import candidates, head_weights, named_parameters
 from ..selection import Selection

@@ -81,13 +81,12 @@ def test_lines_of_code_are_counted_without_docstrings_comments_and_blank_lines()
     assert code_lines(text + "\n\nclass C:\n    '''Doc.'''\n\n    y: int = 1\n") == 8
 
 
-def test_the_ground_floor_with_its_layers_has_less_than_1540_lines():
-    """140 of them are for sharded training: rows, hooks, and what is refused."""
+def test_the_ground_floor_with_its_layers_has_less_than_1400_lines():
     texts = {**sources("*.py"), **sources("layers/*.py")}
     ground = {path: text for path, text in texts.items() if path not in (DOOR, Path("hf.py"))}
     counts = {str(path): code_lines(text) for path, text in ground.items()}
     assert {"params.py", "selection.py", "training.py"} <= set(counts)
-    assert sum(counts.values()) < 1540, counts
+    assert sum(counts.values()) < 1400, counts
 
 
 def test_the_kernels_have_at_most_400_lines():

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...layers.small import Kind, find_layers, part_shapes
+from ...kernels.small import Kind, part_shapes
+from ...layers.small import find_layers
 from ...methods.diff_pruning.gated import trained_dtype
 from ...methods.diff_pruning.groups import GROUPINGS
 from ...params import weights

@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...kernels.small import Kind, part_shapes
 from ...layers.entries import why_refused
-from ...layers.small import Kind, find_layers, linear_sizes, part_shapes
+from ...layers.small import find_layers, linear_sizes
 from ...params import check_names, check_prefixes, is_under, owners, resolve_budget, weights
 from ...scores import check_scores
 from ...selection import Selection, select
