@@ -20,10 +20,9 @@ def masked_step() -> Iterator[Line]:
     """A step of MiniLM against forward and input gradients alone (the floor), and against LoRA."""
     for row in results.read("masked_step"):
         config, ours = row["config"], row["bytes"]["selective_lite"]
-        asked = STEP.get((config["selection"], config["budget"]), ())
-        if config["allocator"] != "keeps" or config["dtype"] != "float32" or not asked:
-            continue
-        if config["model"] != "minilm":
+        asked = STEP.get((config["selection"], config["budget"]))
+        kind = config["model"], config["dtype"], config["allocator"]
+        if asked is None or kind != ("minilm", "float32", "keeps"):
             continue
         what = f"masked step, {config['budget']:.2%}, take {config['take']}"
         found = (
@@ -59,15 +58,10 @@ def peak_memory() -> Iterator[Line]:
         row["config"]["way"]: row["bytes"]["peak over it"] for row in results.read("peak_memory")
     }
     if peaks:
-        yield "peak of a step of SmolLM2", peaks["selective_lite"] / 2**20, 540, "MiB"
-    for way in ("peft LoRA", "peft SHiRA"):
-        if peaks:
-            yield (
-                f"peak of a step, over {way}'s r=8",
-                peaks["selective_lite"] / peaks[way],
-                1.00,
-                "",
-            )
+        ours = peaks["selective_lite"]
+        yield "peak of a step of SmolLM2", ours / 2**20, 540, "MiB"
+        for way in ("peft LoRA", "peft SHiRA"):
+            yield f"peak of a step, over {way}'s r=8", ours / peaks[way], 1.00, ""
 
 
 def selecting() -> Iterator[Line]:
