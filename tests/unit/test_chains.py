@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.ship.file import bits
+from tests.bits import same, state
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,14 +40,6 @@ def moved(model, seed):
         tuned.batch_norm.running_mean += 1
         tuned.batch_norm.num_batches_tracked += 1
     return tuned
-
-
-def state(model):
-    return {name: bits(t.cpu()).clone() for name, t in sl.snapshot(model).items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def chain(models, folder, encoding):

@@ -8,15 +8,7 @@ import torch
 from torch import nn
 
 import selective_lite as sl
-from selective_lite.ship.file import bits
-
-
-def state(model):
-    return {name: bits(t).clone() for name, t in sl.snapshot(model).items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+from tests.bits import same, state
 
 
 def shifted(model, *names, amount=1.0):

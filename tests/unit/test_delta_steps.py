@@ -14,6 +14,7 @@ import selective_lite as sl
 from selective_lite.ship.file import bits, digest
 from selective_lite.ship.positions import squeeze
 from selective_lite.ship.steps import pack_steps, stepped, steps_between, unpack_steps
+from tests.bits import same, state
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -128,14 +129,6 @@ def moved(model, seed, share=0.1):
         model.norm.running_mean += 1
         model.classifier.bias += 1
     return model
-
-
-def state(model):
-    return {name: bits(t.cpu()).clone() for name, t in sl.snapshot(model).items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.fixture

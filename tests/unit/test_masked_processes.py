@@ -1,10 +1,8 @@
 """Masked training in two processes: both end as one process with the whole batch does."""
 
-import os
-import subprocess
-import sys
-
 import torch
+
+from tests import side_by_side
 
 SCRIPT = """
 import sys
@@ -51,19 +49,8 @@ if world > 1:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(world), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, world in ((0, 2), (1, 2), (0, 1))
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=300)
-        assert run.returncode == 0, errors
+    ranks = ((0, 2), (1, 2), (0, 1))
+    side_by_side.run(*(["-c", SCRIPT, rank, world, tmp_path] for rank, world in ranks))
     first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
     for name, before in alone["before"].items():
         mask = alone["masks"][name]

@@ -1,9 +1,5 @@
 """Models that FSDP2 (`fully_shard`) has sharded: two processes train as one, or say what to do."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import distributed as dist
@@ -18,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import Shard
 
 import selective_lite as sl
-from tests import sharded
+from tests import sharded, side_by_side
 
 pytestmark = pytest.mark.filterwarnings("ignore::selective_lite.heads.HeadWarning")
 
@@ -31,21 +27,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What two processes came to, by rank and by what they did."""
-    command = [sys.executable, "-m", "tests.sharded"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    runs = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=300)
-        assert run.returncode == 0, errors
+    side_by_side.run(*(["-m", "tests.sharded", rank, folder] for rank in (0, 1)))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
