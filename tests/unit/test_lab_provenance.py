@@ -454,7 +454,7 @@ def test_no_row_is_stale_after_a_local_s_new_name_an_error_s_new_words_and_a_mov
     ("file", "old", "new"),
     [
         ("training.py", r"(\w+)\.backward\(\)", r"(2 * \1).backward()"),
-        ("lab/experiments/run.py", "fused=True", "fused=False"),
+        ("training.py", "fused=True", "fused=False"),
     ],
 )
 def test_every_row_is_stale_after_a_change_of_the_training_step(copy, file, old, new):

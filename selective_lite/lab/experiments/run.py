@@ -22,7 +22,6 @@ from .recipes import LR_HEAD, Config, Recipe
 from .results import Row
 
 KEPT = 5  # losses that a row keeps, for a page to repeat
-OPTIMIZER = partial(torch.optim.AdamW, fused=True)
 Cell = tuple[str, float | str]  # a method and its budget
 
 
@@ -139,9 +138,9 @@ def make(study: Study) -> None:
 def train(
     model: Any, split: Any, config: Config, method: Iterable[Phase], **options: Any
 ) -> list[dict[str, Any]]:
-    """Fit with a config's batches of a split and the optimizer of all runs."""
+    """Fit with a config's batches of a split, and the optimizer of `fit`."""
     batches = split.batches(config["batch"], seed=config["seed"])
-    return fit(model, method, batches, optimizer=OPTIMIZER, **options)
+    return fit(model, method, batches, **options)
 
 
 def losses(study: Study, config: Config, steps: int = KEPT) -> list[float]:
