@@ -105,6 +105,21 @@ def samples_of(batch: Batch) -> Iterator[Batch]:
     return (take(batch, i, i + 1) for i in range(batch_size(batch)))
 
 
+def tensors_of(batch: Batch) -> list[Tensor] | None:
+    """The tensors of a batch that have samples; None if a list has samples, too."""
+    size, found = batch_size(batch), list[Any]()
+    _each(batch, found.append)
+    if any(isinstance(value, list) and len(value) == size for value in found):
+        return None
+    return [value for value in found if torch.is_tensor(value) and value.dim()]
+
+
+def with_tensors(batch: Batch, tensors: Iterable[Tensor]) -> Batch:
+    """A batch with others in the places of its `tensors_of`."""
+    left = iter(tensors)
+    return _each(batch, lambda own: next(left) if torch.is_tensor(own) and own.dim() else own)
+
+
 def _each(batch: Batch, function: Callable[[Any], Any]) -> Batch:
     if isinstance(batch, Mapping):
         return {key: function(value) for key, value in batch.items()}

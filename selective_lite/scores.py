@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -12,14 +11,26 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import params
-from .batches import Batch, Batches, Loss, check_loss, model_loss, samples_of, to_device
+from .batches import (
+    Batch,
+    Batches,
+    Loss,
+    batch_size,
+    check_loss,
+    model_loss,
+    samples_of,
+    tensors_of,
+    to_device,
+    with_tensors,
+)
 from .heads import Head, Names
 from .kernels.checks import one_of
+from .kernels.per_sample import Samples, add_gradients
 from .kernels.sampled import precise
+from .kernels.uses import Add
 from .params import in_masked_training, names_under, weights
 
 Scores = dict[str, Tensor]
-Of = Callable[[Tensor], Tensor]  # of a gradient: what is summed
 Order = Literal[1, 2]
 
 
@@ -77,21 +88,22 @@ def squared_gradient(
     one_of("labels", labels, ("given", "model"))
     generator = torch.Generator().manual_seed(seed)
 
-    def parts() -> Iterator[Batch]:
+    def labelled() -> Iterator[Batch]:
         for batch in batches:
             if labels == "model":
                 batch = to_device(batch, model)
                 batch = {**batch, "labels": _drawn_labels(model, batch, generator)}
-            yield from samples_of(batch) if reduction == "per_sample" else (batch,)
+            yield batch
 
-    return accumulate(model, parts(), loss, head, torch.square)
+    per_sample = reduction == "per_sample"
+    return accumulate(model, labelled(), loss, head, add_square, per_sample=per_sample)
 
 
 def gradient_magnitude(
     model: Module, batches: Batches, *, loss: Loss = model_loss, head: Head = None
 ) -> Scores:
     """|sum of the batches' mean gradients|; arguments, errors as in `squared_gradient`."""
-    total = accumulate(model, batches, loss, head, lambda g: g)
+    total = accumulate(model, batches, loss, head, Tensor.add_)
     return {name: g.abs_() for name, g in total.items()}
 
 
@@ -107,12 +119,13 @@ def taylor(
     one_of("order", order, (1, 2))
     w = {name: p.detach() for name, p in weights(model, head).items()}
     if order == 1:
-        g = accumulate(model, batches, loss, head, lambda g: g)
+        g = accumulate(model, batches, loss, head, Tensor.add_)
         return {n: g[n].mul_(w[n]).abs_() for n in w}
-    samples = [sample for batch in batches for sample in samples_of(batch)]
-    g = accumulate(model, samples, loss, head, lambda g: g / len(samples))
-    h = accumulate(model, samples, loss, head, lambda g: g.square() / len(samples))
-    return {n: (h[n] * w[n] / 2 - g[n]).mul_(w[n]).abs_() for n in w}
+    batches = list(batches)
+    g = accumulate(model, batches, loss, head, Tensor.add_, per_sample=True)
+    h = accumulate(model, batches, loss, head, add_square, per_sample=True)
+    samples = sum(map(batch_size, batches))
+    return {n: (h[n] * w[n] / 2 - g[n]).mul_(w[n] / samples).abs_() for n in w}
 
 
 def exclude(scores: Mapping[str, Tensor], names: Names) -> Scores:
@@ -142,10 +155,19 @@ def _drawn_labels(model: Module, batch: Batch, generator: torch.Generator) -> Te
     return drawn.reshape(p.shape[:-1]).to(logits.device)
 
 
-def accumulate(model: Module, batches: Batches, loss: Loss, head: Head, of: Of) -> Scores:
-    """Sum `of(gradient)` over batches for every candidate, holding no two gradients.
+def add_square(total: Tensor, gradient: Tensor) -> None:
+    """Add the square of a gradient to a sum."""
+    total.addcmul_(gradient, gradient)
 
-    ``.grad`` is left alone. Arguments and errors as in `squared_gradient`.
+
+def accumulate(
+    model: Module, batches: Batches, loss: Loss, head: Head, add: Add, *, per_sample: bool = False
+) -> Scores:
+    """Sum what `add` makes of the gradients of batches, or of their samples, for every candidate.
+
+    No two gradients are held. Samples are scored many at a time where that gives the same, up to
+    rounding, as one by one: see `kernels.per_sample`. ``.grad`` is left alone. Other arguments,
+    errors as in `squared_gradient`.
     """
     if in_masked_training(model):
         raise ValueError("model is in masked training; leave that before it is scored")
@@ -153,31 +175,30 @@ def accumulate(model: Module, batches: Batches, loss: Loss, head: Head, of: Of) 
     # In half precision a sum of a thousand squares would saturate.
     sums = {p: torch.zeros_like(p, dtype=precise(p)) for p in candidates.values()}
     batch = None
+
+    def alone(batch: Batch) -> None:
+        found = loss(model, batch)
+        check_loss(found, batch, "in scoring")
+        add_gradients(found, sums, add)
+
+    samples = Samples(model, loss, sums, add, alone)
     modes, flags = params.preserve_modes(model), params.only_trainable(model, sums)
     with modes, flags, torch.enable_grad():
         model.eval()
         for batch in batches:
             batch = to_device(batch, model)
-            found = loss(model, batch)
-            check_loss(found, batch, "in scoring")
-            with ExitStack() as hooks:  # only now: computing the loss may take gradients, too
-                for p, total in sums.items():
-                    hooks.enter_context(p.register_hook(partial(_add, of, total)))
-                torch.autograd.grad(found, list(sums), allow_unused=True)
+            if not per_sample:
+                alone(batch)
+            elif (tensors := tensors_of(batch)) is not None:
+                samples(tensors, partial(with_tensors, batch))
+            else:
+                for sample in samples_of(batch):
+                    alone(sample)
     if batch is None:
         raise ValueError("batches is empty; a gradient score needs at least one batch")
     scores = {name: sums[p] for name, p in candidates.items()}
     check_scores(scores)
     return scores
-
-
-def _add(of: Of, total: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Add `of(gradient)` to a sum, and drop the gradient as soon as it is complete."""
-    if gradient is None:
-        return None
-    total += of(gradient.to(total.dtype))
-    # What autograd holds in its place: one zero.
-    return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
 
 NOT_FINITE = "scores[{!r}] has a value that is not finite; check the loss and the model's weights"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..kernels.functions import embedding, linear, scatter
 from ..kernels.sampled import Index, precise, write
 from ..kernels.sharded import ORDER, Rows, is_sharded, rows_of, whole
 from .attach import Attached, attach, detach, stand_in
-from .functions import embedding, linear, scatter
 
 TORCH = "torch.distributed."
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch, Loss, batch_size, model_loss, samples_of, take, to_device
+from ..batches import Batch, Loss, batch_size, model_loss, take, to_device
 from ..layers.masked import check_candidates
 from ..params import resolve_budget, weights
-from ..scores import Scores, accumulate, squared_gradient
+from ..scores import Scores, accumulate, add_square, squared_gradient
 from ..scores import exclude as without
 from ..selection import Selection, select
 
@@ -114,12 +114,12 @@ def expected_squared_gradient(
         for batch in batches:
             inputs = {k: v for k, v in to_device(batch, model).items() if k != "labels"}
             with torch.no_grad():
-                shape = model(**inputs).logits.shape
-            if len(shape) != 2:
-                what = f"logits have shape {tuple(shape)}, not (samples, classes)"
+                logits = model(**inputs).logits
+            if logits.dim() != 2:
+                what = f"logits have shape {tuple(logits.shape)}, not (samples, classes)"
                 raise ValueError(f"{what}; use squared_gradient")
-            labels = [torch.tensor(c, device="cpu") for c in range(shape[1])]
-            yield from ({**s, "labels": label} for s in samples_of(inputs) for label in labels)
+            for label in range(logits.shape[1]):
+                yield {**inputs, "labels": torch.full_like(logits[:, 0], label, dtype=torch.long)}
 
     def root_of_term(model: nn.Module, part: Batch) -> Tensor:
         inputs = {key: value for key, value in part.items() if key != "labels"}
@@ -128,7 +128,7 @@ def expected_squared_gradient(
         # (the root of a term here, which is squared below)
         return -log_p * log_p.detach().exp().sqrt()
 
-    return accumulate(model, parts(), root_of_term, head, torch.square)
+    return accumulate(model, parts(), root_of_term, head, add_square, per_sample=True)
 
 
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:

@@ -65,7 +65,7 @@ def absolute_gradient(model, data, head=None):
     singles = [
         {key: value[i : i + 1] for key, value in batch.items()} for batch in data for i in range(8)
     ]
-    return accumulate(model, singles, sl.model_loss, head, torch.abs)
+    return accumulate(model, singles, sl.model_loss, head, lambda total, g: total.add_(g.abs()))
 
 
 SCORES = {"label-square": fisher_information, "label-absolute": absolute_gradient}

@@ -145,7 +145,7 @@ def test_scores_are_bit_for_bit_those_of_whole_gradients(build, batches, kind, l
     expected = {name: torch.zeros_like(p) for name, p in sl.weights(model).items()}
     for batch in data:
         for name, gradient in gradients(model, batch, loss).items():
-            expected[name] += gradient.square()
+            expected[name].addcmul_(gradient, gradient)
     found = sl.squared_gradient(model, data, reduction="batch", loss=loss)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

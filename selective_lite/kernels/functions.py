@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import sampled
-from ..kernels.sharded import whole
+from . import sampled
+from .sharded import whole
 
 Index = sampled.Index
 Operands = tuple[Tensor, Tensor, Index, Index, Index]  # weight, values, index, rows, columns
