@@ -34,10 +34,19 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(type(module), "_get_fsdp_state")]
 
 
+def _groups(model: nn.Module) -> list[Any]:
+    """FSDP's own record of the tensors that it gathers together, and of how it was set."""
+    found: list[Any] = []
+    for module in fsdp_modules(model):
+        own = vars(module._get_fsdp_state())  # older versions of torch have one, or None
+        found += own.get("_fsdp_param_groups", [own.get("_fsdp_param_group")])
+    return [group for group in found if group is not None]
+
+
 def reshard(model: nn.Module) -> None:
     """Register the sharded tensors where a forward left gathered ones, as FSDP's root does."""
-    for module in fsdp_modules(model):
-        module.reshard()
+    for group in _groups(model):
+        group._to_sharded()  # `reshard` does nothing after a forward that raised
 
 
 def mesh_of(model: nn.Module, named: Mapping[str, Tensor]) -> Any:

@@ -373,3 +373,26 @@ def test_other_engines_that_shard_are_refused_first(group, pick, engine):
     ):
         with pytest.raises(TypeError, match=f"{engine}.*fully_shard"):
             call()
+
+
+@pytest.mark.parametrize("leave", ["delta", "close"])
+def test_what_a_forward_that_raised_left_gathered_is_not_what_is_saved(
+    group, pick, leave, tmp_path
+):
+    """FSDP leaves the root's tensors gathered, in the dtype of its policy."""
+    model, selection = mlp(torch.float32), some(mlp(), pick)
+    shard(model, group, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with sl.masked(model, selection, head=("4",)) as tuning:
+        train(model, [*tuning.parameters(), *tuning.dense_parameters()])
+        tuning.delta().save(tmp_path / "before")
+        weights = {name: p.full_tensor().clone() for name, p in model.state_dict().items()}
+        stop = model[4].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model)
+        stop.remove()
+        assert model[1]._parameters["weight"].dtype == torch.bfloat16
+        if leave == "delta":
+            tuning.delta().save(tmp_path / "after")
+            assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.full_tensor(), weights[name]), name
