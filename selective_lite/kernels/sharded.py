@@ -7,7 +7,8 @@ torch's sharded tensors nothing is imported here: they are known by what they ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -49,13 +50,32 @@ def reshard(model: nn.Module) -> None:
         group._to_sharded()  # `reshard` does nothing after a forward that raised
 
 
+def _divide_factor(model: nn.Module) -> float | None:
+    """What FSDP divides sums of gradients by, if not by the number of processes.
+
+    Raises
+    ------
+    ValueError
+        If the model's modules do not agree, or it has a hook that FSDP alone would call.
+    """
+    groups = _groups(model)
+    if any(group._all_reduce_hook is not None for group in groups):
+        what = "set_all_reduce_hook was called, whose hook would not see what masked training sends"
+        raise ValueError(f"{what}; give fully_shard a mesh of two dimensions to replicate over one")
+    if len(found := {group.gradient_divide_factor for group in groups}) > 1:
+        what = f"set_gradient_divide_factor was called with different factors, {found}"
+        raise ValueError(f"{what}; call it alike for every module that was given to fully_shard")
+    return found.pop() if found else None
+
+
 def mesh_of(model: nn.Module, named: Mapping[str, Tensor]) -> Any:
     """The processes that a model is sharded over (a `DeviceMesh`), or None if it is not.
 
     Raises
     ------
     ValueError
-        If they are not the same for all tensors, or the model is not under FSDP2.
+        If they are not the same for all tensors, the model is not under FSDP2, or as
+        `_divide_factor`.
     """
     tensors: list[Any] = [p for p in named.values() if is_sharded(p)]
     if len(meshes := {p.device_mesh for p in tensors}) > 1:
@@ -63,6 +83,7 @@ def mesh_of(model: nn.Module, named: Mapping[str, Tensor]) -> Any:
     if meshes and not fsdp_modules(model):
         what = "model has sharded tensors, but is not under FSDP2 (tensor parallel?)"
         raise ValueError(f"{what}; shard it with fully_shard")
+    _divide_factor(model)
     return meshes.pop() if meshes else None
 
 
@@ -119,7 +140,9 @@ def rows_of(tensor: Any, index: Tensor | None) -> Rows:
     return Rows(tensor, first, slice(*ends.tolist()))
 
 
-def follow(model: nn.Module, entries: Iterable[Any], trained: Iterable[Tensor], mesh: Any) -> list:
+def follow(
+    model: nn.Module, entries: Iterable[Any], trained: Collection[Tensor], mesh: Any
+) -> list[Any]:
     """Hooks that keep a sharded model and replicated values together.
 
     Parameters
@@ -138,51 +161,94 @@ def follow(model: nn.Module, entries: Iterable[Any], trained: Iterable[Tensor], 
     list
         The hooks' handles.
     """
-    own, hooks = set(entries), []
+    both, own, ids = _Together(model, list(trained), mesh), set(entries), set(map(id, trained))
+    hooks = [p.register_hook(both.arrive) for p in trained]
     # Each of FSDP's modules, for one may be called alone; and ours first, for FSDP gathers in such
     # a hook, in streams that wait for what was done before the outermost one.
     for module in {model, *fsdp_modules(model)}:
-        below = [child for child in module.modules() if child in own and child.here is not None]
-        hooks.append(module.register_forward_pre_hook(partial(_write, below), prepend=True))
-    average = _averaging(list(trained), mesh)
-    hooks += [p.register_post_accumulate_grad_hook(average) for p in trained]
+        if any(id(p) in ids for p in module.parameters()):
+            below = [child for child in module.modules() if child in own and child.here is not None]
+            hooks.append(module.register_forward_pre_hook(partial(both.enter, below), prepend=True))
+            options = {"prepend": True, "always_call": True}
+            hooks.append(module.register_forward_hook(both.leave, **options))
     return hooks
 
 
-def _write(entries: list[Any], *_: Any) -> None:
-    for each in entries:
-        each.write(each.here.tensor)
+class _Together:
+    """What is done around the forwards and the backwards of a sharded model."""
 
+    def __init__(self, model: nn.Module, trained: list[Any], mesh: Any) -> None:
+        self.model, self.trained, self.mesh = model, trained, mesh
+        self.outermost: nn.Module | None = None  # the module whose forward is under way
+        self.scale = 1.0
+        self.queued: Callable[[], Any] = lambda: None
 
-def _averaging(trained: list[Any], mesh: Any) -> Callable[[Tensor], None]:
-    """A hook for every parameter, which has all gradients averaged at the end of a backward.
+    def enter(self, below: list[Any], module: nn.Module, _: Any) -> None:
+        """Before a forward: write the values, once for all modules in it."""
+        if self.outermost in (None, module):
+            self.outermost = module
+            for each in below:
+                each.write(each.here.tensor)
 
-    Once for all, whichever of them a process has a gradient for: processes that skip different
-    layers send the same number of values, and the sums meet.
-    """
-    last = -1
+    def leave(self, module: nn.Module, _: Any, output: Any) -> None:
+        """After a forward, which may have raised: have the backward found by every process.
 
-    def seen(_: Tensor) -> None:
-        nonlocal last
-        if (backward := torch._C._current_graph_task_id()) != last:
-            last = backward
+        A module that trains has an output with a gradient, even where this process's batch missed
+        all that is trained: for its backward gathers tensors, and averages, with the others.
+        """
+        outermost = self.outermost is module
+        self.outermost = None if outermost else self.outermost
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tensors = [t for t in _tensors(output) if t.is_floating_point()]
+            if not any(t.requires_grad for t in tensors):
+                tensors = [t.requires_grad_() for t in tensors]
+            for tensor in tensors:
+                if outermost and tensor.requires_grad:
+                    tensor.register_hook(self.begin)
+
+    def begin(self, _: Tensor) -> None:
+        """At the first gradient of a backward: have all of them averaged at its end, once."""
+        if self.queued() is None:
+            self.scale = self.mesh.size() / (_divide_factor(self.model) or self.mesh.size())
+            average = partial(self.average)  # lives as long as this backward
+            self.queued = weakref.ref(average)
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(average)
 
+    def arrive(self, grad: Tensor) -> Tensor:
+        """At a gradient of what is trained, before it is added to those of other backwards."""
+        self.begin(grad)
+        return grad if self.scale == 1 else grad * self.scale
+
     @torch.no_grad()
-    def average() -> None:
-        for dtype in dict.fromkeys(p.dtype for p in trained):
-            own = [p for p in trained if p.dtype == dtype]
+    def average(self) -> None:
+        """At the end of a backward: the mean over the processes of every gradient.
+
+        Of all of them, whichever of them a process has a gradient for: processes that skip
+        different layers send the same number of values, and the sums meet.
+        """
+        for dtype in dict.fromkeys(p.dtype for p in self.trained):
+            own = [p for p in self.trained if p.dtype == dtype]
             has = torch.tensor([p.grad is not None for p in own], device=own[0].device)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
             flat = torch.cat([*(grad.reshape(-1) for grad in grads), has.to(dtype)])
-            for dim in range(mesh.ndim):
-                torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
-            *means, has = flat.div_(mesh.size()).split([*(p.numel() for p in own), len(own)])
+            for dim in range(self.mesh.ndim):
+                torch.distributed.all_reduce(flat, group=self.mesh.get_group(dim))
+            *means, has = flat.div_(self.mesh.size()).split([*(p.numel() for p in own), len(own)])
             for number, (p, mean) in enumerate(zip(own, means, strict=True)):
                 if p.grad is not None:
                     p.grad.copy_(mean.view_as(p))
                 elif has[number] > 0:  # another process has one
                     p.grad = mean.view_as(p).clone()
 
-    return seen
+
+def _tensors(output: Any) -> list[Any]:
+    """The tensors in what a forward gives: in containers, or in an object that holds them."""
+    known = (Tensor, Mapping, list, tuple)
+    found, tensors = [output if isinstance(output, known) else getattr(output, "__dict__", {})], []
+    for each in found:  # which grows
+        if torch.is_tensor(each):
+            tensors.append(each)
+        elif isinstance(each, known):
+            found += each.values() if isinstance(each, Mapping) else each
+    return tensors

@@ -49,7 +49,9 @@ class MaskedTraining:
     A model may be under `fully_shard` (FSDP2), with a selection that was made before: what is
     frozen stays sharded, and all that is trained, the head and whole tensors too, is replicated.
     Gradients are averaged at the end of every backward, in one exchange of as many values (and one
-    more for each tensor). Every process makes the same calls.
+    more for each tensor), or divided by what FSDP's `set_gradient_divide_factor` was given for all
+    modules; FSDP's settings of when gradients are exchanged change nothing. Every process makes
+    the same calls.
 
     Parameters
     ----------
