@@ -18,13 +18,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_lite as sl
+from selective_lite import hf
 
 STEPS, ACCUMULATED, SAMPLES = 4, 2, 8
 # What is trained, and how it is sharded: by layers and what is left of the model; only the layers;
 # over one dimension of a mesh, and replicated over the other; all in one. And how FSDP was set: to
 # add up gradients, with no exchange but in the last backward before a step.
 WHERE = ("bert", "llama", "experts", "bert partly", "bert hybrid", "routed", "routed in one")
-KINDS = (*WHERE, "bert summed", "bert unsynced")
+PART = "bert with a part of its head"
+KINDS = (*WHERE, "bert summed", "bert unsynced", PART)
+
+HOW = {"delta": "bert", "state": "bert", "callback": PART}  # what a training goes on from
 
 
 class Experts(nn.Module):
@@ -115,13 +119,11 @@ def batches(kind):
     return found
 
 
-def choose(model):
+def choose(model, kind=""):
     """Some positions of every tensor, and two tensors whole: a matrix and a vector."""
     generator, indices, shapes = torch.Generator().manual_seed(2), {}, {}
-    chosen = {
-        n: p for n, p in sl.weights(model).items() if n.startswith(getattr(model, "chosen", ""))
-    }
-    for name, p in chosen.items():
+    named, start = sl.weights(model, () if kind == PART else None), getattr(model, "chosen", "")
+    for name, p in ((name, p) for name, p in named.items() if name.startswith(start)):
         count = p.numel() if name.endswith(("0.weight", "norm.bias")) else min(7, p.numel())
         indices[name] = torch.randperm(p.numel(), generator=generator)[:count].sort().values
         shapes[name] = tuple(p.shape)
@@ -183,7 +185,7 @@ def wholes(model):
 def alone(kind, folder):
     """Train in this process with the whole batches; what came of it."""
     model = build(kind)
-    before, selection = sl.snapshot(model), choose(model)
+    before, selection = sl.snapshot(model), choose(model, kind)
     with sl.masked(model, selection) as tuning:
         times = 2 if "summed" in kind else 1
         norms = steps(model, optimizer_of(model), batches(kind), times=times)
@@ -195,7 +197,7 @@ def alone(kind, folder):
 def together(kind, rank, folder):
     """Train with half of every batch; what came of it, and what was sent."""
     model, data, mine = build(kind), batches(kind), half(rank)
-    selection = choose(model)
+    selection = choose(model, kind)
     shape, names = ((2, 1), ("copy", "shard")) if "hybrid" in kind else ((2,), ("shard",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     shard(model, kind, mesh=mesh)
@@ -217,15 +219,21 @@ def together(kind, rank, folder):
 def interrupted(how, rank, folder, mesh):
     """The same for a BERT that stops in the middle, and goes on in a new model."""
     data, mine = batches("bert"), half(rank)
-    model, selection = build("bert"), choose(build("bert"))
+    model, selection = build("bert"), choose(build("bert"), HOW[how])
     tuning = sl.masked(shard(model, mesh=mesh), selection)
     optimizer = optimizer_of(model)
     steps(model, optimizer, data[: len(data) // 2], mine)
+    at = SimpleNamespace(global_step=2, is_world_process_zero=rank == 0, output_dir=folder)
+    if how == "callback":
+        hf.SaveDelta().on_save(at, at, None, model=model)
+        dist.barrier()
     delta, state = tuning.delta(precise=True), model.state_dict()
     again = shard(build("bert"), mesh=mesh)
     with sl.masked(again, delta.selection(again) if how == "delta" else selection) as tuning:
         if how == "delta":
             tuning.resume(delta)
+        elif how == "callback":
+            hf.SaveDelta().on_train_begin(at, at, None, model=again)
         else:
             again.load_state_dict(state)
         resumed = optimizer_of(again)
@@ -244,7 +252,7 @@ def main(rank, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2, **options)
     mesh = init_device_mesh("cpu", (2,))
     found = {kind: together(kind, rank, folder) for kind in KINDS}
-    found |= {how: interrupted(how, rank, folder, mesh) for how in ("delta", "state")}
+    found |= {how: interrupted(how, rank, folder, mesh) for how in HOW}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

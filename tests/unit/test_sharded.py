@@ -72,10 +72,10 @@ def test_the_delta_is_that_of_one_process(two, folder, kind):
         assert torch.equal(sl.snapshot(model)[name], two[0][kind]["after"][name])
 
 
-@pytest.mark.parametrize("how", ["delta", "state"])
+@pytest.mark.parametrize("how", sharded.HOW)
 def test_training_goes_on_where_it_stopped(two, how):
     for found in two:
-        for name, straight in found["bert"]["after"].items():
+        for name, straight in found[sharded.HOW[how]]["after"].items():
             assert torch.equal(found[how]["after"][name], straight)
 
 
