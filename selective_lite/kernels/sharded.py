@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 
 ORDER = "call fully_shard (FSDP2) before masked, or use DistributedDataParallel"
+LATE = (
+    f"{ORDER}. Trainer and accelerate shard later: call fully_shard yourself, and give them "
+    "auto_wrap_policy NO_WRAP, with which they take a sharded model as it is"
+)
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -192,7 +192,7 @@ class MaskedTraining:
         index, dense = self.selection.indices.get(name), dense_of(*self._places[name][0])
         size = dense.numel() if index is None else len(index)
         if is_sharded(dense) and self._mesh is None:
-            raise RuntimeError(f"model's {name!r} was sharded in masked training; {sharded.ORDER}")
+            raise RuntimeError(f"model's {name!r} was sharded in masked training; {sharded.LATE}")
         if entries is None or (precise and p.numel() == size):  # `shrink` drops some
             return p
         if is_sharded(dense):
@@ -402,7 +402,7 @@ def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
     trained, now = training._trained, list(training.model.parameters())
     known = {*training._ids, *map(id, now)}
     if training._mesh is None and held & known and any(map(is_sharded, now)):
-        raise ValueError(f"model was sharded in masked training; {sharded.ORDER}")
+        raise ValueError(f"model was sharded in masked training; {sharded.LATE}")
     for name, entries in training._entries.items():
         module, attribute = training._places[name][0]
         dense = module._parameters.get(attribute)  # None where a wrapper took it away
