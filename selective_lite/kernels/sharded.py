@@ -8,7 +8,7 @@ torch's sharded tensors nothing is imported here: they are known by what they ha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 ORDER = "call fully_shard (FSDP2) before masked, or use DistributedDataParallel"
-LATE = (
-    f"{ORDER}. Trainer and accelerate shard later: call fully_shard yourself, and give them "
-    "auto_wrap_policy NO_WRAP, with which they take a sharded model as it is"
-)
+LATE = f"{ORDER}; accelerate (Trainer) takes a sharded model with auto_wrap_policy NO_WRAP"
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -41,11 +39,10 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 def _groups(model: nn.Module) -> list[Any]:
     """FSDP's own record of the tensors that it gathers together, and of how it was set."""
-    found: list[Any] = []
-    for module in fsdp_modules(model):
-        own = vars(module._get_fsdp_state())  # older versions of torch have one, or None
-        found += own.get("_fsdp_param_groups", [own.get("_fsdp_param_group")])
-    return [group for group in found if group is not None]
+    states = [vars(module._get_fsdp_state()) for module in fsdp_modules(model)]
+    # Older versions of torch have one, or None.
+    held = [own.get("_fsdp_param_groups", [own.get("_fsdp_param_group")]) for own in states]
+    return [group for groups in held for group in groups if group is not None]
 
 
 def reshard(model: nn.Module) -> None:
@@ -144,9 +141,7 @@ def rows_of(tensor: Any, index: Tensor | None) -> Rows:
     return Rows(tensor, first, slice(*ends.tolist()))
 
 
-def follow(
-    model: nn.Module, entries: Iterable[Any], trained: Collection[Tensor], mesh: Any
-) -> list[Any]:
+def follow(model: nn.Module, entries: Iterable[Any], trained: Iterable[Tensor], mesh: Any) -> list:
     """Hooks that keep a sharded model and replicated values together.
 
     Parameters
@@ -165,16 +160,15 @@ def follow(
     list
         The hooks' handles.
     """
-    both, own, ids = _Together(model, list(trained), mesh), set(entries), set(map(id, trained))
-    hooks = [p.register_hook(both.arrive) for p in trained]
+    both, own = _Together(model, list(trained), mesh), set(entries)
+    hooks = [p.register_hook(both.arrive) for p in both.trained]
     # Each of FSDP's modules, for one may be called alone; and ours first, for FSDP gathers in such
     # a hook, in streams that wait for what was done before the outermost one.
     for module in {model, *fsdp_modules(model)}:
-        if any(id(p) in ids for p in module.parameters()):
+        if any(p.requires_grad for p in module.parameters()):
             below = [child for child in module.modules() if child in own and child.here is not None]
             hooks.append(module.register_forward_pre_hook(partial(both.enter, below), prepend=True))
-            options = {"prepend": True, "always_call": True}
-            hooks.append(module.register_forward_hook(both.leave, **options))
+            hooks.append(module.register_forward_hook(both.leave, prepend=True, always_call=True))
     return hooks
 
 
@@ -195,20 +189,18 @@ class _Together:
                 each.write(each.here.tensor)
 
     def leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        """After a forward, which may have raised: have the backward found by every process.
+        """After a forward, which may have raised: have every process meet in the backward.
 
-        A module that trains has an output with a gradient, even where this process's batch missed
-        all that is trained: for its backward gathers tensors, and averages, with the others.
+        The output of a module that trains has a gradient even where this process's batch missed
+        all that is trained: its backward, too, gathers tensors, and averages in the end.
         """
-        outermost = self.outermost is module
-        self.outermost = None if outermost else self.outermost
+        self.outermost = None if self.outermost is module else self.outermost
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            tensors = [t for t in _tensors(output) if t.is_floating_point()]
-            if not any(t.requires_grad for t in tensors):
-                tensors = [t.requires_grad_() for t in tensors]
-            for tensor in tensors:
-                if outermost and tensor.requires_grad:
-                    tensor.register_hook(self.begin)
+            leaves = _pytree.tree_leaves((output, getattr(output, "__dict__", {})))
+            tensors = [t for t in leaves if torch.is_tensor(t) and t.is_floating_point()]
+            with_gradient = [t for t in tensors if t.requires_grad]
+            for tensor in with_gradient or [t.requires_grad_() for t in tensors]:
+                tensor.register_hook(self.begin)
 
     def begin(self, _: Tensor) -> None:
         """At the first gradient of a backward: have all of them averaged at its end, once."""
@@ -244,15 +236,3 @@ class _Together:
                     p.grad.copy_(mean.view_as(p))
                 elif has[number] > 0:  # another process has one
                     p.grad = mean.view_as(p).clone()
-
-
-def _tensors(output: Any) -> list[Any]:
-    """The tensors in what a forward gives: in containers, or in an object that holds them."""
-    known = (Tensor, Mapping, list, tuple)
-    found, tensors = [output if isinstance(output, known) else getattr(output, "__dict__", {})], []
-    for each in found:  # which grows
-        if torch.is_tensor(each):
-            tensors.append(each)
-        elif isinstance(each, known):
-            found += each.values() if isinstance(each, Mapping) else each
-    return tensors
