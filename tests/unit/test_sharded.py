@@ -489,3 +489,25 @@ def test_gradients_are_averaged_once_for_a_backward(group, pick, counted, reentr
         assert len(summed) == 2
         loss_of(model).backward()
         assert len(summed) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("set_requires_gradient_sync", False),
+        ("set_requires_all_reduce", False),
+        ("set_is_last_backward", False),
+        ("set_reshard_after_forward", False),
+        ("set_reshard_after_backward", False),
+        ("set_reduce_scatter_unused_params", True),
+        ("set_force_sum_reduction_for_comms", True),
+    ],
+)
+def test_settings_of_when_and_how_to_exchange_change_nothing(group, pick, name, value):
+    plain, model = mlp(), shard(mlp(), group)
+    for each in (plain, model):
+        with sl.masked(each, some(mlp(), pick), head=("4",)) as tuning:
+            if each is model:
+                getattr(model, name)(value)
+            train(each, [*tuning.parameters(), *tuning.dense_parameters()])
+    assert_equal(plain, model)
