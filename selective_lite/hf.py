@@ -142,9 +142,9 @@ def _save_delta() -> type:
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Write the delta as it is now."""
+            delta = _tuning(kwargs["model"]).delta(precise=True)  # gathered by all, if sharded
             if state.is_world_process_zero:
                 os.makedirs(_checkpoint(args, state), exist_ok=True)
-                delta = _tuning(kwargs["model"]).delta(precise=True)
                 delta.save(os.path.join(_checkpoint(args, state), FILE))
 
     SaveDelta.__qualname__ = "SaveDelta"

@@ -18,13 +18,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..kernels.functions import embedding, linear, scatter
 from ..kernels.sampled import Index, precise, write
-from ..kernels.sharded import ORDER, Rows, is_sharded, rows_of, whole
+from ..kernels.sharded import LATE, Rows, is_sharded, rows_of, whole
 from .attach import Attached, attach, detach, stand_in
 
 TORCH = "torch.distributed."
 CHILD = "{}_entries"  # the name of the child; the tensor keeps its own
 EXPORTED = "leave masked training before the model is exported, traced or scripted"
-REPLACED = f"cannot be replaced in masked training; {ORDER}"
+REPLACED = f"cannot be replaced in masked training; {LATE}"
 
 
 class Entries(nn.Module):

@@ -49,7 +49,9 @@ class MaskedTraining:
     A model may be under `fully_shard` (FSDP2), with a selection that was made before: what is
     frozen stays sharded, and all that is trained, the head and whole tensors too, is replicated.
     Gradients are averaged at the end of every backward, in one exchange of as many values (and one
-    more for each tensor). Every process makes the same calls.
+    more for each tensor), or divided by what FSDP's `set_gradient_divide_factor` was given for all
+    modules; FSDP's settings of when gradients are exchanged change nothing. Every process makes
+    the same calls.
 
     Parameters
     ----------
@@ -190,7 +192,7 @@ class MaskedTraining:
         index, dense = self.selection.indices.get(name), dense_of(*self._places[name][0])
         size = dense.numel() if index is None else len(index)
         if is_sharded(dense) and self._mesh is None:
-            raise RuntimeError(f"model's {name!r} was sharded in masked training; {sharded.ORDER}")
+            raise RuntimeError(f"model's {name!r} was sharded in masked training; {sharded.LATE}")
         if entries is None or (precise and p.numel() == size):  # `shrink` drops some
             return p
         if is_sharded(dense):
@@ -400,7 +402,7 @@ def _check_first_step(training: MaskedTraining, held: set[int]) -> None:
     trained, now = training._trained, list(training.model.parameters())
     known = {*training._ids, *map(id, now)}
     if training._mesh is None and held & known and any(map(is_sharded, now)):
-        raise ValueError(f"model was sharded in masked training; {sharded.ORDER}")
+        raise ValueError(f"model was sharded in masked training; {sharded.LATE}")
     for name, entries in training._entries.items():
         module, attribute = training._places[name][0]
         dense = module._parameters.get(attribute)  # None where a wrapper took it away

@@ -1,5 +1,7 @@
 """Models that FSDP2 (`fully_shard`) has sharded: two processes train as one, or say what to do."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import distributed as dist
@@ -12,8 +14,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
 import selective_lite as sl
+from selective_lite.kernels.sharded import Rows
 from tests import sharded, side_by_side
 
 pytestmark = pytest.mark.filterwarnings("ignore::selective_lite.heads.HeadWarning")
@@ -40,9 +44,9 @@ def test_two_processes_train_as_one(two, folder, kind):
         assert torch.equal(first["after"][name], second["after"][name])
         torch.testing.assert_close(first["after"][name], one["after"][name], rtol=0, atol=1e-7)
         if name not in one["heads"]:
-            mask = one["masks"][name]
+            mask = one["masks"].get(name, torch.zeros_like(before).bool())
             assert torch.equal(first["after"][name][~mask], before[~mask])
-            unused = name.startswith("experts.2")
+            unused = name.startswith("experts.2") or name not in one["masks"]
             assert torch.equal(first["after"][name][mask], before[mask]) == unused
 
 
@@ -68,10 +72,10 @@ def test_the_delta_is_that_of_one_process(two, folder, kind):
         assert torch.equal(sl.snapshot(model)[name], two[0][kind]["after"][name])
 
 
-@pytest.mark.parametrize("how", ["delta", "state"])
+@pytest.mark.parametrize("how", sharded.HOW)
 def test_training_goes_on_where_it_stopped(two, how):
     for found in two:
-        for name, straight in found["bert"]["after"].items():
+        for name, straight in found[sharded.HOW[how]]["after"].items():
             assert torch.equal(found[how]["after"][name], straight)
 
 
@@ -373,3 +377,137 @@ def test_other_engines_that_shard_are_refused_first(group, pick, engine):
     ):
         with pytest.raises(TypeError, match=f"{engine}.*fully_shard"):
             call()
+
+
+@pytest.mark.parametrize("leave", ["delta", "close"])
+def test_what_a_forward_that_raised_left_gathered_is_not_what_is_saved(
+    group, pick, leave, tmp_path
+):
+    """FSDP leaves the root's tensors gathered, in the dtype of its policy."""
+    model, selection = mlp(torch.float32), some(mlp(), pick)
+    shard(model, group, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with sl.masked(model, selection, head=("4",)) as tuning:
+        train(model, [*tuning.parameters(), *tuning.dense_parameters()])
+        tuning.delta().save(tmp_path / "before")
+        weights = {name: p.full_tensor().clone() for name, p in model.state_dict().items()}
+        stop = model[4].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model)
+        stop.remove()
+        assert model[1]._parameters["weight"].dtype == torch.bfloat16
+        if leave == "delta":
+            tuning.delta().save(tmp_path / "after")
+            assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.full_tensor(), weights[name]), name
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_settings_that_could_not_be_honoured_are_refused(group, pick, when):
+    def another_factor(model):
+        model[3].set_gradient_divide_factor(8)
+
+    def hook(model):
+        model[0].set_all_reduce_hook(torch.Tensor.zero_)
+
+    for set_it, why in (
+        (another_factor, "set_gradient_divide_factor .* different .* every module"),
+        (hook, "set_all_reduce_hook .* mesh of two dimensions"),
+    ):
+        model = shard(mlp(), group)
+        if when == "before":
+            set_it(model)
+            with pytest.raises(ValueError, match=why):
+                sl.masked(model, some(mlp(), pick), head=("4",))
+            continue
+        with sl.masked(model, some(mlp(), pick), head=("4",)) as tuning:
+            set_it(model)
+            with pytest.raises(ValueError, match=why):
+                loss_of(model).backward()
+            assert all(p.grad is None for p in tuning.parameters())
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Which rows were written, and how many exchanges there were."""
+    written, summed = [], []
+    write, all_reduce = Rows.write, dist.all_reduce
+    monkeypatch.setattr(Rows, "write", lambda own, *a: written.append(id(own)) or write(own, *a))
+    monkeypatch.setattr(dist, "all_reduce", lambda *a, **k: summed.append(1) or all_reduce(*a, **k))
+    return written, summed
+
+
+def test_values_are_written_once_for_a_forward(group, pick, counted):
+    written, _ = counted
+    model = shard(mlp(), group)
+    with sl.masked(model, some(mlp(), pick), head=("4",)) as tuning, torch.no_grad():
+        every = len(tuning.parameters()) + len(tuning.dense_parameters())
+        loss_of(model)  # FSDP reads every tensor once, at the first forward
+        for _ in range(2):
+            written.clear()
+            loss_of(model)
+            assert len(written) == len(set(written)) == every
+        for error, part, expected in (
+            (KeyboardInterrupt, model, every),
+            (ValueError, model[3], 2),  # alone: it is the outermost one now
+        ):
+            stop = model[4].register_forward_pre_hook(Mock(side_effect=error))
+            with pytest.raises(error):
+                loss_of(model)
+            stop.remove()
+            written.clear()
+            part(torch.ones(1, 6).double())
+            assert len(written) == len(set(written)) == expected
+
+
+class Checkpointed(nn.Sequential):
+    """Layers that run again in the backward: in one of its own, if it is reentrant."""
+
+    def forward(self, x):
+        hidden = self[0](x)
+        for layer in self[1:]:
+            hidden = checkpoint(layer, hidden, use_reentrant=self.reentrant)
+        return hidden
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_gradients_are_averaged_once_for_a_backward(group, pick, counted, reentrant):
+    _, summed = counted
+    layers = mlp()
+    model = layers if reentrant is None else Checkpointed(*layers)
+    model.reentrant = reentrant
+    shard(model, group)
+    with sl.masked(model, some(mlp(), pick), head=("4",)) as tuning:
+        for times in (1, 2):
+            loss_of(model).backward()
+            assert len(summed) == times
+        stop = tuning.parameters()[0].register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model).backward()
+        stop.remove()
+        model.reset_iter_state()
+        assert len(summed) == 2
+        loss_of(model).backward()
+        assert len(summed) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("set_requires_gradient_sync", False),
+        ("set_requires_all_reduce", False),
+        ("set_is_last_backward", False),
+        ("set_reshard_after_forward", False),
+        ("set_reshard_after_backward", False),
+        ("set_reduce_scatter_unused_params", True),
+        ("set_force_sum_reduction_for_comms", True),
+    ],
+)
+def test_settings_of_when_and_how_to_exchange_change_nothing(group, pick, name, value):
+    plain, model = mlp(), shard(mlp(), group)
+    for each in (plain, model):
+        with sl.masked(each, some(mlp(), pick), head=("4",)) as tuning:
+            if each is model:
+                getattr(model, name)(value)
+            train(each, [*tuning.parameters(), *tuning.dense_parameters()])
+    assert_equal(plain, model)
