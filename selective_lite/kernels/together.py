@@ -59,7 +59,6 @@ class Pass(TorchFunctionMode):
         # Inputs may need no gradient: by this one, every use is on the backward's way.
         self.root = torch.zeros((), requires_grad=True, device="cpu")
         self.number: Any = None  # of the one sample that a vmapped function sees
-        self.in_backward = False
 
     def losses(self, loss: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """The losses of all samples, by a function of one sample's tensors.
@@ -104,10 +103,9 @@ class Pass(TorchFunctionMode):
 
     def add_gradients(self, losses: Tensor) -> None:
         """Add every sample's gradients to the sums."""
-        self.in_backward, copied = True, list(self.copies)
         leaves = [self.root, *self.copies.values()]
         _, *found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-        for p, gradients in zip(copied, found, strict=True):
+        for p, gradients in zip(self.copies, found, strict=True):
             if gradients is not None:
                 self.parts[p].append(Dense(gradients))
         for p in list(self.parts):
@@ -115,8 +113,6 @@ class Pass(TorchFunctionMode):
 
     def note(self, use: Use, x: Tensor, g: Tensor) -> None:
         """Keep what a use adds to its weight's gradients, and add them to the sum at the last."""
-        if not self.in_backward:
-            raise Unsuited("the loss has gradients in it")
         for p, part in use.parts(x.unflatten(0, (self.size, -1)), g.unflatten(0, (self.size, -1))):
             if p in self.sums:
                 self.parts[p].append(part)
@@ -173,7 +169,7 @@ class Pass(TorchFunctionMode):
     def used(self, use: Use, x: Tensor) -> Tensor:
         """What comes out of a use of a weight."""
         for p in (use.weight, use.bias):
-            if torch.is_grad_enabled() and p in self.sums:
+            if p in self.sums:
                 self.uses[p] += 1
 
         def of_all(x: Tensor) -> Tensor:

@@ -182,6 +182,12 @@ def inner(model, x):
     return model.other(x) * g.sum()
 
 
+def inside(model, x):
+    h = model.layer(x)
+    (g,) = torch.autograd.grad(model.other(h).square().sum(), h, create_graph=True)
+    return h * g
+
+
 def drawn(model, x):
     return nn.functional.dropout(model.layer(x), 0.5, training=True) * 0 + model.layer(x)
 
@@ -195,7 +201,7 @@ def cached(model, x):
     return model.kept
 
 
-@pytest.mark.parametrize("way", [hidden, inner, drawn, no_pass_here])
+@pytest.mark.parametrize("way", [hidden, inner, inside, drawn, no_pass_here])
 def test_what_a_pass_cannot_do_is_done_one_by_one(seen, way):
     torch.manual_seed(0)
     model, x = Odd(way).double(), torch.randn(5, 4).double()
@@ -211,6 +217,15 @@ def test_what_a_pass_cannot_do_is_done_one_by_one(seen, way):
             expected[name] += 0 if g is None else g.square()
     for name, score in found.items():
         torch.testing.assert_close(score, torch.zeros_like(score) + expected[name])
+
+
+def test_a_pass_refuses_a_weight_that_it_does_not_see():
+    """Before it has changed a sum; the trial, which would notice it, sees one sample only."""
+    model, x = Odd(hidden).double(), torch.randn(5, 4).double()
+    sums = {p: torch.zeros_like(p) for p in model.parameters()}
+    with pytest.raises(together.Unsuited, match="no function of torch"):
+        together.Pass(sums, torch.Tensor.add_, 5).losses(lambda x: model(x).square().mean(), [x])
+    assert not any(total.any() for total in sums.values())
 
 
 def written_on(model, x):
@@ -244,12 +259,13 @@ def test_what_a_pass_cached_is_forgotten(seen):
     assert model.kept.isfinite().all()
 
 
-def test_a_table_without_its_padding():
+def test_a_table_without_its_padding(seen):
     torch.manual_seed(0)
     table = nn.Embedding(7, 3, padding_idx=-2).double()
     data = [{"ids": torch.tensor([[1, 5, 5, 2], [1, 1, 5, 0], [3, 5, 1, 3], [6, 6, 6, 6]])}]
     loss = lambda model, batch: (model(batch["ids"]) - 1).pow(3).mean()  # noqa: E731
     found = sl.squared_gradient(table, data, loss=loss, head=())
+    assert seen.passes == [2, 3]
     assert apart(found, one_by_one(sl.squared_gradient, table, data, loss=loss, head=())) < 1e-13
     assert not found["weight"][5].any()
 

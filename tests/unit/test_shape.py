@@ -89,10 +89,10 @@ def test_the_ground_floor_with_its_layers_has_less_than_1400_lines():
     assert sum(counts.values()) < 1400, counts
 
 
-def test_the_kernels_have_at_most_850_lines():
+def test_the_kernels_have_at_most_900_lines():
     counts = {str(path): code_lines(text) for path, text in sources("kernels/*.py").items()}
     assert "kernels/sampled.py" in counts
-    assert sum(counts.values()) <= 850, counts
+    assert sum(counts.values()) <= 900, counts
 
 
 def test_the_ship_has_at_most_1350_lines():
