@@ -219,6 +219,18 @@ def test_what_a_pass_cannot_do_is_done_one_by_one(seen, way):
         torch.testing.assert_close(score, torch.zeros_like(score) + expected[name])
 
 
+def test_a_pass_that_fails_later(seen):
+    """What went well for the first batch need not do so for the next."""
+    model = Odd(
+        lambda model, x: model.layer(x if x.dim() == 2 else no_pass_here(model, x))
+    ).double()
+    data = [{"x": torch.randn(size, dtype=torch.float64)} for size in ((3, 4), (3, 2, 4), (3, 4))]
+    options = {"loss": lambda model, batch: model(batch["x"]).square().mean(), "head": ()}
+    found = sl.squared_gradient(model, data, **options)
+    assert (seen.passes, seen.alone) == ([2, 2], 1 + 3 + 3)
+    assert apart(found, one_by_one(sl.squared_gradient, model, data, **options)) < 1e-13
+
+
 def test_a_pass_refuses_a_weight_that_it_does_not_see():
     """Before it has changed a sum; the trial, which would notice it, sees one sample only."""
     model, x = Odd(hidden).double(), torch.randn(5, 4).double()
