@@ -67,10 +67,11 @@ class _Linear(torch.autograd.Function):
         _refuse_second_derivatives()
         kept, weight, values, index, rows, columns = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
+        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
             dense = weight.to(grad.dtype)
-            grad_x = grad.matmul(dense.t() if ctx.transposed else dense).to(ctx.x_dtype)
-        grad = grad.reshape(-1, grad.shape[-1])
+            grad_x = (grad @ (dense.t() if ctx.transposed else dense)).to(ctx.x_dtype)
+            grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
         if ctx.needs_input_grad[2]:
             outer = sampled.columns_as_rows(grad, columns if ctx.transposed else rows)
             left, right = (kept, outer) if ctx.transposed else (outer, kept)

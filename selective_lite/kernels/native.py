@@ -45,9 +45,11 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(_compiled()))
-        operand: list[Any] = [POINTER, SIZE, SIZE, POINTER]
-        loaded.sampled_product.argtypes = [*operand * 2, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER]
+        operand: list[Any] = [POINTER, POINTER, SIZE]
+        loaded.sampled_product.argtypes = [*operand * 2, SIZE, POINTER, *[SIZE] * 4, POINTER]
         loaded.write_entries.argtypes, loaded.write_entries.restype = [*3 * [POINTER], SIZE], None
+        loaded.gather_features.argtypes = [POINTER, SIZE, SIZE, POINTER, SIZE, SIZE, POINTER]
+        loaded.gather_features.restype = None
         _check(loaded)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         why = f"no native products ({error}), so masked training uses torch's, which are slower"
@@ -100,8 +102,8 @@ def _check(loaded: ctypes.CDLL) -> None:
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(70, n, generator=draw, device="cpu") for n in (9, 21))
     index = torch.arange(0, 9 * 21, 2, dtype=torch.int32, device="cpu")
-    found = product(loaded, left, right, index, 21, None, None)
-    if found is None or not torch.allclose(found, (left.t() @ right).flatten()[index], atol=1e-4):
+    found = product(loaded, left, right, index, 9, 21, None, None)
+    if not torch.allclose(found, (left.t() @ right).flatten()[index], atol=1e-4):
         raise RuntimeError("its products are wrong")
 
 
@@ -110,22 +112,30 @@ def product(
     left: Tensor,
     right: Tensor,
     index: Tensor,
+    height: int,
     width: int,
     rows: Tensor | None,
     columns: Tensor | None,
 ) -> Tensor:
     """As `sampled.sampled_product`, of float32 operands on the CPU and int32 positions."""
     left, right = left.contiguous(), right.contiguous()
-    places = [None if features is None else _places(features) for features in (rows, columns)]
     sides: list[int | None] = []
-    for operand, at in zip((left, right), places, strict=True):
-        own = operand.shape[1 if at is None else 0]
-        sides += [operand.data_ptr(), at is not None, own, None if at is None else at.data_ptr()]
+    for operand, features in ((left, rows), (right, columns)):
+        own = operand.shape[1 if features is None else 0]
+        sides += [operand.data_ptr(), None if features is None else features.data_ptr(), own]
     tokens = left.shape[0 if rows is None else 1]
     found = torch.empty(len(index), dtype=torch.float32, device="cpu")
-    sizes = (tokens, index.data_ptr(), len(index), width, torch.get_num_threads())
+    sizes = (tokens, index.data_ptr(), len(index), height, width, torch.get_num_threads())
     if loaded.sampled_product(*sides, *sizes, found.data_ptr()):
         raise MemoryError(f"no memory for products of {len(index)} positions over {tokens} tokens")
+    return found
+
+
+def gather(loaded: ctypes.CDLL, operand: Tensor, features: Tensor) -> Tensor:
+    """As `sampled.columns_as_rows`, of a contiguous float32 operand on the CPU."""
+    found = torch.empty(len(features), len(operand), dtype=torch.float32, device="cpu")
+    sizes = (*operand.shape, features.data_ptr(), len(features), torch.get_num_threads())
+    loaded.gather_features(operand.data_ptr(), *sizes, found.data_ptr())
     return found
 
 
@@ -133,10 +143,3 @@ def write(loaded: ctypes.CDLL, dense: Tensor, values: Tensor, index: Tensor) -> 
     """As `sampled.write`, of contiguous tensors."""
     values = values.contiguous()  # held until the call is over
     loaded.write_entries(dense.data_ptr(), values.data_ptr(), index.data_ptr(), len(index))
-
-
-def _places(features: Tensor) -> Tensor:
-    """Where each feature lies among those that are held."""
-    places = torch.zeros(int(features[-1]) + 1, dtype=torch.int32, device="cpu")
-    places[features] = torch.arange(len(features), dtype=torch.int32, device="cpu")
-    return places

@@ -32,11 +32,10 @@ typedef vector wide;
 #endif
 #define WIDES (TILE * 4 / (int)sizeof(wide))
 
-/* (T, width) by token, or (width, T) by feature; `at`, if there, says where a feature lies among those that are held. */
+/* (T, width) by token, or (width, T) by feature. */
 typedef struct {
     const float *data;
     int64_t by_feature, width;
-    const int32_t *at;
 } operand;
 
 static inline __attribute__((always_inline)) float total(wide b) {
@@ -117,12 +116,21 @@ static void part(const operand *left, const operand *right, int64_t T, int64_t f
     }
 }
 
-/* k products at sorted positions in a matrix of `width` columns; 0, or 1 where memory is short. */
-int sampled_product(const float *left_data, int64_t left_by_feature, int64_t left_width, const int32_t *left_at,
-                    const float *right_data, int64_t right_by_feature, int64_t right_width, const int32_t *right_at,
-                    int64_t T, const int32_t *index, int64_t k, int64_t width, int64_t threads, float *out) {
-    operand left = {left_data, left_by_feature, left_width, left_at};
-    operand right = {right_data, right_by_feature, right_width, right_at};
+/* Where each of the first `width` features lies among the n that are held, in their order; all of them for features of
+   NULL. */
+static int32_t *places(const int32_t *features, int64_t n, int64_t width) {
+    int32_t *at = calloc(width + 1, 4);
+    for (int64_t f = 0; at && f < (features ? n : width); f++) at[features ? features[f] : f] = f;
+    return at;
+}
+
+/* k products at sorted positions in a matrix of height by width. An operand whose features are given holds these only,
+   by feature. 0, or 1 where memory is short. */
+int sampled_product(const float *left_data, const int32_t *rows, int64_t left_width, const float *right_data,
+                    const int32_t *columns_held, int64_t right_width, int64_t T, const int32_t *index, int64_t k,
+                    int64_t height, int64_t width, int64_t threads, float *out) {
+    operand left = {left_data, rows != NULL, left_width}, right = {right_data, columns_held != NULL, right_width};
+    int32_t *left_at = places(rows, left_width, height), *right_at = places(columns_held, right_width, width);
     int64_t tiles = (T + TILE - 1) / TILE, groups = left_width / GROUP + right_width / GROUP + 2;
     int64_t size = (right_width + GROUP + BLOCK) * TILE;
     if (threads > tiles) threads = tiles;
@@ -130,12 +138,11 @@ int sampled_product(const float *left_data, int64_t left_by_feature, int64_t lef
     int32_t *starts = calloc(left_width + 2, 4), *columns = malloc(4 * (k + 1));
     uint8_t *used_left = calloc(groups, 1), *used_right = used_left + left_width / GROUP + 1;
     float *sums = calloc((threads - 1) * k + 1, 4), *buffers = aligned_alloc(64, 4 * size * threads);
-    int failed = !starts || !columns || !used_left || !sums || !buffers;
+    int failed = !starts || !columns || !used_left || !sums || !buffers || !left_at || !right_at;
     if (!failed) {
         for (int64_t e = 0; e < k; e++) {
-            int32_t r = index[e] / width, c = index[e] % width;
-            r = left_at ? left_at[r] : r;
-            columns[e] = right_at ? right_at[c] : c;
+            int32_t r = left_at[index[e] / width];
+            columns[e] = right_at[index[e] % width];
             starts[r + 1]++;
             used_left[r / GROUP] = used_right[columns[e] / GROUP] = 1;
         }
@@ -152,11 +159,24 @@ int sampled_product(const float *left_data, int64_t left_by_feature, int64_t lef
         for (int64_t i = 0; i + 1 < threads; i++)
             for (int64_t e = 0; e < k; e++) out[e] += sums[i * k + e];
     }
-    free(starts), free(columns), free(used_left), free(sums), free(buffers);
+    free(starts), free(columns), free(used_left), free(sums), free(buffers), free(left_at), free(right_at);
     return failed;
 }
 
 /* dense[index] = values */
 void write_entries(float *dense, const float *values, const int32_t *index, int64_t k) {
     for (int64_t e = 0; e < k; e++) dense[index[e]] = values[e];
+}
+
+/* n features of (T, width) by token as (n, T) by feature: TILE tokens at a time, whose rows stay in the cache. */
+void gather_features(const float *from, int64_t T, int64_t width, const int32_t *features, int64_t n, int64_t threads,
+                     float *out) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads)
+#endif
+    for (int64_t t = 0; t < T; t += TILE) {
+        int64_t last = t + TILE < T ? t + TILE : T;
+        for (int64_t f = 0; f < n; f++)
+            for (int64_t i = t; i < last; i++) out[f * T + i] = from[i * width + features[f]];
+    }
 }

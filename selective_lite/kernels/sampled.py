@@ -71,12 +71,12 @@ def sampled_product(
     left, right = left.to(precise(left)), right.to(precise(right))
     if rows is not None and columns is not None and (len(rows) == height or len(columns) == width):
         return (left @ right.t()).flatten()
-    loaded = native.fits(left, right, index)
+    loaded = native.fits(left, right, index, *(at for at in (rows, columns) if at is not None))
     most = DENSE_ABOVE["C" if loaded else "torch"] * height * width
     if rows is None and columns is None and len(index) > most:
         return _by_slices(left, right, index, height, width)
     if loaded:
-        return native.product(loaded, left, right, index, width, rows, columns)
+        return native.product(loaded, left, right, index, height, width, rows, columns)
     row, column = index.div(width, rounding_mode="floor"), index % width
     left, row = (by_feature(left), row) if rows is None else (left, torch.searchsorted(rows, row))
     if columns is None:
@@ -192,7 +192,11 @@ def footprint(index: Tensor, height: int, width: int) -> Footprint:
 
 def columns_as_rows(operand: Tensor, features: Tensor | None) -> Tensor:
     """Some features of (T, D) as (features, T), contiguous; the operand as it is for None."""
-    return operand if features is None else operand.t()[features]
+    if features is None:
+        return operand
+    if operand.is_contiguous() and (loaded := native.fits(operand, features)):
+        return native.gather(loaded, operand, features)
+    return operand.t()[features]
 
 
 def by_feature(operand: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_its_products_are_those_of_torch(tokens, height, width, count, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = native.product(native.library(), *sides, index, width, rows, columns)
+        found = native.product(native.library(), *sides, index, height, width, rows, columns)
     finally:
         torch.set_num_threads(before)
     expected = (left.double().t() @ right.double()).flatten()[index]
@@ -79,11 +79,22 @@ def test_dense_selections_take_slices_of_the_product_and_never_all_of_it(height,
 @needs_compiler
 def test_operands_need_not_be_contiguous():
     left, right, index = operands(50, 12, 10, 40)
-    expected = native.product(native.library(), left, right, index, 10, None, None)
+    expected = native.product(native.library(), left, right, index, 12, 10, None, None)
     strided = left.t().contiguous().t(), torch.stack([right, right], 2)[:, :, 0]
     assert not any(side.is_contiguous() for side in strided)
-    found = native.product(native.library(), *strided, index, 10, None, None)
+    found = native.product(native.library(), *strided, index, 12, 10, None, None)
     assert torch.equal(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [0, 1, 64, 65, 200])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_gathers_features(monkeypatch, tokens, threads):
+    operand, features = torch.randn(tokens, 30), torch.tensor([0, 7, 8, 29], dtype=torch.int32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(sampled.columns_as_rows(operand, features), operand.t()[features])
+    strided = operand.t().contiguous().t()
+    assert torch.equal(sampled.columns_as_rows(strided, features), operand.t()[features])
 
 
 @needs_compiler
