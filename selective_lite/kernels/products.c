@@ -14,6 +14,7 @@
 #define TILE 64
 #define GROUP 8
 #define BLOCK 1024
+#define STRIP 64
 
 typedef float vector __attribute__((vector_size(4 * GROUP)));
 typedef float unaligned __attribute__((vector_size(4 * GROUP), aligned(4)));
@@ -66,26 +67,25 @@ static inline __attribute__((always_inline)) void transpose(const float *from, i
 /* n <= TILE tokens, from `token` on, of the features from `first` to `last`, as rows of TILE, zeros behind the n-th. */
 static void tile(const operand *a, int64_t T, int64_t token, int n, int64_t first, int64_t last, const uint8_t *used,
                  float *out) {
-    for (int64_t c = first; c < last; c += GROUP) {
-        if (!used[c / GROUP]) continue;
-        int m = c + GROUP < last ? GROUP : (int)(last - c);
-        float *to = out + (c - first) * TILE;
-        if (a->by_feature) {
-            for (int j = 0; j < m; j++) {
-                memcpy(to + j * TILE, a->data + (c + j) * T + token, 4 * n);
-                memset(to + j * TILE + n, 0, 4 * (TILE - n));
-            }
-            continue;
+    for (int64_t strip = first; strip < last; strip += STRIP) {
+        int64_t end = strip + STRIP < last ? strip + STRIP : last;
+        for (int64_t c = strip; a->by_feature && c < end; c++) {
+            float *to = out + (c - first) * TILE;
+            memcpy(to, a->data + c * T + token, 4 * n);
+            memset(to + n, 0, 4 * (TILE - n));
         }
-        for (int t = 0; t < TILE; t += GROUP) {
-            const float *from = a->data + (token + t) * a->width + c;
-            if (t + GROUP <= n && m == GROUP) {
-                transpose(from, a->width, to + t);
-                continue;
+        for (int t = 0; !a->by_feature && t < TILE; t += GROUP)
+            for (int64_t c = strip; c < end; c += GROUP) {
+                if (!used[c / GROUP]) continue;
+                const float *from = a->data + (token + t) * a->width + c;
+                float *to = out + (c - first) * TILE + t;
+                if (t + GROUP <= n && c + GROUP <= end) {
+                    transpose(from, a->width, to);
+                    continue;
+                }
+                for (int j = 0; j < GROUP && c + j < end; j++)
+                    for (int i = 0; i < GROUP; i++) to[j * TILE + i] = t + i < n ? from[i * a->width + j] : 0;
             }
-            for (int j = 0; j < m; j++)
-                for (int i = 0; i < GROUP; i++) to[j * TILE + t + i] = t + i < n ? from[i * a->width + j] : 0;
-        }
     }
 }
 
