@@ -24,6 +24,7 @@ from torch import Tensor, nn
 SOURCE = Path(__file__).with_name("products.c")
 # Not -ffast-math: gcc before 13 would link code that switches denormals off in the whole process.
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+PLAIN, KINDS = (Tensor, nn.Parameter), (torch.float32, torch.int32)
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -62,9 +63,10 @@ def fits(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library, if these are float32 values and int32 positions in this machine's memory."""
     if torch.compiler.is_compiling():
         return None
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    kinds = {t.dtype for t in tensors}
-    return library() if plain and kinds == {torch.float32, torch.int32} else None
+    for t in tensors:  # of every layer, at every step: not a comprehension, which is slower
+        if type(t) not in PLAIN or t.dtype not in KINDS or t.device.type != "cpu":
+            return None
+    return library()
 
 
 def _compiled() -> Path:
@@ -95,7 +97,7 @@ def _processor() -> bytes:
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text().splitlines() if flags.exists() else []
     own = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    return "\n".join([platform.platform(), platform.processor(), *own]).encode()
+    return "\n".join([platform.system(), platform.machine(), *own]).encode()
 
 
 def _check(loaded: ctypes.CDLL) -> None:

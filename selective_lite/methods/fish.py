@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch, Loss, batch_size, model_loss, take, to_device
+from ..kernels.checks import one_of
 from ..layers.masked import check_candidates
 from ..params import resolve_budget, weights
 from ..scores import Scores, accumulate, add_square, squared_gradient
@@ -67,10 +68,7 @@ def fisher_information(
         For an unknown option, fewer than one sample, and as in `squared_gradient` and
         `expected_squared_gradient`.
     """
-    if fisher not in ("empirical", "sampled", "expected"):
-        raise ValueError(
-            f"fisher={fisher!r} is unknown; choose 'empirical', 'sampled' or 'expected'"
-        )
+    one_of("fisher", fisher, ("empirical", "sampled", "expected"))
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     part = first_samples(batches, samples)

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from ..kernels.checks import one_of
 from ..kernels.sampled import index_dtype
 from ..kernels.small import KINDS, part_shapes
 from .positions import increasing, pack, unpack
@@ -148,8 +149,7 @@ def encode(
     encoding: Encoding,
 ) -> None:
     """Write a delta's parts; `before` are its base's values; other arguments as `Delta.save`."""
-    if encoding not in ENCODINGS:
-        raise ValueError(f"encoding={encoding!r} is unknown; choose one of {ENCODINGS}")
+    one_of("encoding", encoding, ENCODINGS)
     positions, values, steps = parts["positions"], dict(parts["values"]), dict(parts[STEPS])
     metadata = {**metadata, "encoding": encoding}
     if encoding == "flat" and steps:

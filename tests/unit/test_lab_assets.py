@@ -135,7 +135,7 @@ def test_without_network_it_says_what_to_do_and_leaves_the_cache(cache):
 
 
 def test_an_unknown_name_is_named(cache):
-    with pytest.raises(ValueError, match="asset name='minilmm' is unknown; choose one of"):
+    with pytest.raises(ValueError, match="name='minilmm' is unknown; choose one of"):
         asset("minilmm")
     assert not cache.exists()
 

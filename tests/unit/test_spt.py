@@ -368,7 +368,7 @@ BAD = {
     ),
     "no rank": ({"rank": 0}, "rank=0 does not fit"),
     "kind": ({"kind": "dora"}, "kind='dora' is unknown"),
-    "spend": ({"spend": "all"}, "spend='all' is unknown; choose 'nearest' or 'capped'"),
+    "spend": ({"spend": "all"}, "spend='all' is unknown; choose one of"),
     "alpha": ({"alpha": 0.5}, "alpha=0.5, beta=5.0: both are finite and at least 1"),
     "beta": ({"beta": float("nan")}, "alpha=10.0, beta=nan: both are finite and at least 1"),
     "infinite": ({"alpha": float("inf")}, "alpha=inf, beta=5.0: both are finite"),

@@ -13,6 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...kernels.checks import one_of
+
 FOLDER_VARIABLE = "SELECTIVE_LITE_ASSETS"  # a filled folder, for classrooms without internet
 
 
@@ -132,8 +134,7 @@ def asset(name: str) -> Path:
         If the asset is not in the cache and cannot be fetched; the message says how to fill the
         cache by hand.
     """
-    if name not in ASSETS:
-        raise ValueError(f"asset name={name!r} is unknown; choose one of {tuple(ASSETS)}")
+    one_of("name", name, tuple(ASSETS))
     wanted = ASSETS[name]
     folder = cache_folder() / name / wanted.sha256[:16]
     if folder.is_dir():

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...kernels.checks import one_of
 from ...params import check_prefixes, in_masked_training, is_under, unwrap, weights
 from ..hard_concrete import Stretch, check_stretch
 from .groups import Groups, group_ids
@@ -43,10 +44,7 @@ def gated_weights(
     if in_masked_training(model):
         raise ValueError("model is already in masked training; leave that first")
     check_stretch(stretch)
-    if penalty not in ("product", "sum"):
-        raise ValueError(
-            f"penalty={penalty!r} is unknown; choose 'product' (paper) or 'sum' (authors' code)"
-        )
+    one_of("penalty", penalty, ("product", "sum"))
     candidates = weights(model, head)
     prefixes = check_prefixes(exclude, candidates, "exclude")
     theta = {name: p for name, p in candidates.items() if not is_under(name, prefixes)}

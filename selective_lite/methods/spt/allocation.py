@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...kernels.checks import one_of
 from ...kernels.small import Kind, part_shapes
 from ...layers.entries import why_refused
 from ...layers.small import find_layers, linear_sizes
@@ -125,8 +126,7 @@ def allocate(
         For a bad option, budget, name, shape or rank; scores that are all zero or not finite; a
         budget below the size of the smallest module, or above what can be spent.
     """
-    if spend not in ("nearest", "capped"):
-        raise ValueError(f"spend={spend!r} is unknown; choose 'nearest' or 'capped'")
+    one_of("spend", spend, ("nearest", "capped"))
     if not (1 <= alpha < math.inf and 1 <= beta < math.inf):
         raise ValueError(
             f"alpha={alpha}, beta={beta}: both are finite and at least 1; else the number of "
