@@ -70,6 +70,7 @@ restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code cha
 benchmarks: $(ENVIRONMENT) assets ## measure speed and size against the targets, on a machine that does nothing else
 	$(BIN)/python benchmarks/masked_step.py
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/delta.py
+	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/selecting.py

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from selective_lite.lab import results
 
+OURS = "selective_lite"
 Line = tuple[str, float, float, str]  # what, measured, at most, unit
 
 
@@ -19,7 +20,7 @@ STEP = {  # over the floor and over LoRA, with the C source and without it
 def masked_step() -> Iterator[Line]:
     """A step of MiniLM against forward and input gradients alone (the floor), and against LoRA."""
     for row in results.read("masked_step"):
-        config, ours = row["config"], row["bytes"]["selective_lite"]
+        config, ours = row["config"], row["bytes"][OURS]
         asked = STEP.get((config["selection"], config["budget"]))
         kind = config["model"], config["dtype"], config["allocator"]
         if asked is None or kind != ("minilm", "float32", "keeps"):
@@ -34,8 +35,22 @@ def masked_step() -> Iterator[Line]:
         for (ratio, value), most in zip(found, asked, strict=True):
             if most is not None:
                 yield f"{what}: seconds {ratio}", value, most, ""
-        held = (ours["gradients"] + ours["optimizer"]) / row["trainable"]["selective_lite"]
+        held = (ours["gradients"] + ours["optimizer"]) / row["trainable"][OURS]
         yield f"{what}: gradient and state", held, 13, "bytes a weight"
+
+
+def scoring() -> Iterator[Line]:
+    """Squared gradients of samples, against one by one and against vmap of dense gradients."""
+    for row in results.read("scoring"):
+        config, ours = row["config"], row["bytes"][OURS]
+        what = f"scoring {config['samples']} samples of {config['model']}"
+        if config["model"] == "minilm":
+            yield f"{what}: seconds", row["seconds"][OURS], 10, "s"
+        for way, ratio in row["over_ours"].items():
+            yield f"{what}: over {way}'s", 1 / ratio, 1, ""
+        chunk = 2**-20 * (ours - row["bytes"]["one by one"])
+        yield f"{what}: memory over one by one's", chunk, 512, "MiB"
+        yield f"{what}: largest difference, in millionths", 1e6 * row["apart"][OURS], 1, ""
 
 
 def delta() -> Iterator[Line]:
@@ -58,7 +73,7 @@ def peak_memory() -> Iterator[Line]:
         row["config"]["way"]: row["bytes"]["peak over it"] for row in results.read("peak_memory")
     }
     if peaks:
-        ours = peaks["selective_lite"]
+        ours = peaks[OURS]
         yield "peak of a step of SmolLM2", ours / 2**20, 540, "MiB"
         for way in ("peft LoRA", "peft SHiRA"):
             yield f"peak of a step, over {way}'s r=8", ours / peaks[way], 1.00, ""
@@ -82,11 +97,11 @@ def selecting() -> Iterator[Line]:
 def importing() -> Iterator[Line]:
     """The import."""
     for row in results.read("importing"):
-        yield "import selective_lite after torch", row["milliseconds"]["selective_lite"], 50, "ms"
+        yield "import selective_lite after torch", row["milliseconds"][OURS], 50, "ms"
 
 
 if __name__ == "__main__":
-    for measure in (masked_step, peak_memory, delta, delta_half, selecting, importing):
+    for measure in (masked_step, scoring, peak_memory, delta, delta_half, selecting, importing):
         rows = results.read(measure.__name__)
         devices = ", ".join(sorted({row["device"] for row in rows}))
         print(f"{measure.__doc__} On {devices or 'nothing yet'}.")

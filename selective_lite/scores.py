@@ -54,6 +54,12 @@ def squared_gradient(
     ``"per_sample"`` sums (dL_i/dw)^2 over samples (Sung et al. 2021, FISH); ``"batch"`` sums the
     square of each batch's mean gradient, which is what the code of SPT and Child-Tuning-D computes.
 
+    Samples go together, many in one forward and backward pass, where that gives what they give one
+    by one, up to rounding; a first sample is scored both ways to see that it does. Models with
+    routed experts, LSTM, Mamba, or hooks are scored one by one: the same scores, some three times
+    slower. A pass keeps about 512 MiB of activations at most, and one weight's gradient of one
+    sample.
+
     Parameters
     ----------
     model

@@ -84,7 +84,7 @@ def expected_squared_gradient(
 ) -> Scores:
     """Sum over samples of the squared gradient expected under the model's labels: the true Fisher.
 
-    One backward pass for every sample and class, so it is for classifiers of few classes;
+    As many backward passes as there are classes, so it is for classifiers of few of them;
     ``squared_gradient(..., labels="model")`` draws one label a sample instead. Given labels are
     ignored. Source: the ``expect`` of the code of Sung et al. 2021 (FISH).
 
