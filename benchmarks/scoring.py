@@ -54,7 +54,7 @@ def dense(model: nn.Module, batches: list[dict[str, Tensor]], chunk: int) -> dic
         for first in range(0, len(batch["labels"]), chunk):
             part = {key: value[first : first + chunk] for key, value in batch.items()}
             for name, found in vmap(grad(loss), in_dims=(None, 0))(weights, part).items():
-                sums[name] += found.square_().sum(0)
+                sums[name] += found.detach().square_().sum(0)
     return sums
 
 
@@ -82,7 +82,7 @@ def timed(config: Mapping[str, Any]) -> results.Row:
             seconds[way].append(time.perf_counter() - start)
     largest = max(float(score.max()) for score in found[LOOP].values())
     return {
-        "seconds": {way: round(statistics.median(took), 3) for way, took in seconds.items()},
+        "median_seconds": {way: round(statistics.median(took), 3) for way, took in seconds.items()},
         "over_ours": {
             way: round(
                 statistics.median(a / b for a, b in zip(seconds[way], seconds[OURS], strict=True)),

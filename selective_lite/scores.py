@@ -56,7 +56,7 @@ def squared_gradient(
 
     Samples go together, many in one forward and backward pass, where that gives what they give one
     by one, up to rounding; a first sample is scored both ways to see that it does. Models with
-    routed experts, LSTM, Mamba, or hooks are scored one by one: the same scores, some three times
+    routed experts, LSTM, Mamba, or hooks are scored one by one: the same scores, up to three times
     slower. A pass keeps about 512 MiB of activations at most, and one weight's gradient of one
     sample.
 
