@@ -125,7 +125,7 @@ if __name__ == "__main__":
     for row in rows:
         for way in WAYS:
             print(
-                f"{row['config']['model']:10} {way:18} {row['seconds'][way]:9.2f}"
+                f"{row['config']['model']:10} {way:18} {row['median_seconds'][way]:9.2f}"
                 f" {row['over_ours'].get(way, 1):10.2f} {row['bytes'][way] / 2**20:9.0f}"
                 f" {row['apart'].get(way, 0):9.1e}"
             )
