@@ -57,8 +57,10 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab book
 
 .PHONY: results
-results: $(ENVIRONMENT) assets ## run the full experiments, some four hours; an interrupted run goes on where it stopped
+results: $(ENVIRONMENT) assets ## run the full experiments, for hours; an interrupted run goes on where it stopped
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.movies
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.reviews
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.causal
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.four_deltas
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.tweets
 

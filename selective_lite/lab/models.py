@@ -7,11 +7,57 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from .data.assets import ASSETS, asset
 from .device import device
+
+
+class MeanPooled(BertForSequenceClassification):
+    """A BERT that classifies by the mean of a text's token vectors, as MiniLM was pretrained to.
+
+    BERT's own pooler, a layer behind the first token, would be untrained in such a model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits (B, classes) of token ids (B, T), and the mean cross entropy if there are labels.
+
+        Where `attention_mask` (B, T) is 0 there is padding, which is left out of the mean.
+        """
+        hidden = self.bert(input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kept = kept.unsqueeze(-1).to(hidden.dtype)
+        logits = self.classifier(self.dropout((hidden * kept).sum(1) / kept.sum(1)))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def load_mean_classifier(
+    source: str = "minilm", *, labels: int = 2, seed: int = 0
+) -> tuple[MeanPooled, Any]:
+    """As `load_classifier`, with a mean over tokens instead of BERT's pooler."""
+    return _classifier(MeanPooled, source, labels, seed)
 
 
 def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -> tuple[Any, Any]:
@@ -31,13 +77,15 @@ def load_classifier(source: str = "minilm", *, labels: int = 2, seed: int = 0) -
     model, tokenizer
         The model in evaluation mode, float32, on `device`.
     """
+    return _classifier(AutoModelForSequenceClassification, source, labels, seed)
+
+
+def _classifier(cls: Any, source: str, labels: int, seed: int) -> tuple[Any, Any]:
     place = str(asset(source)) if source in ASSETS else source
     # the head is new, as it should be: no warning of missing keys
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            place, num_labels=labels, dtype=torch.float32
-        )
+        model = cls.from_pretrained(place, num_labels=labels, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(place)
     return _named(model, source), tokenizer
 

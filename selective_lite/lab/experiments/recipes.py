@@ -6,7 +6,7 @@ and optimizer; each has the learning rate that its own sweep chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from ...methods.fixed_mask import fixed_mask, full_finetuning
 from ...methods.freezing import last_layers as last_layers_selection
 from ...methods.lt_sft import lt_sft as lt_sft_phases
 from ...methods.sara import sara as sara_phases
+from ...methods.sara import smaller_than
 from ...methods.sora import SoRA
 from ...methods.sora import sora as sora_phases
 from ...methods.spt import allocate
 from ...methods.spt import spt as spt_phases
 from ...params import head_weights, weights
+from ...scores import magnitude as largest
 from ...scores import squared_gradient
 from ...selection import Selection, select
 from ...training import Phase, Phases
@@ -40,9 +42,15 @@ LR_HEAD = 1e-3
 LR_W, LR_ALPHA = 3e-4, 0.3
 LR_DENSE = 3e-5  # for methods that train all weights first: the rate of full fine-tuning
 FISH_SAMPLES = 256
+THRESHOLD, P = 2e-3, 0.3  # of SaRA's example; of Child-Tuning-F
 SPT_RANKS = {0.005: 8, 0.0002: 1}
 # Rank, and layers whose queries and values get it: the size nearest to each budget.
 LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
+
+
+def head(model: Any, task: Task, config: Config, lr: float) -> Iterator[Phase]:
+    """The head that every run starts from, and nothing else."""
+    yield from ()
 
 
 def full(model: Any, task: Task, config: Config, lr: float) -> Phases:
@@ -61,8 +69,20 @@ def structured(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 
 def random(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """The control: positions drawn uniformly."""
-    return _fixed(model, select(random_scores(model, config["seed"]), config["budget"]), config, lr)
+    """The control: positions drawn uniformly; as many as a method, if the budget names one."""
+    budget = _size(model, config["budget"])
+    return _fixed(model, select(random_scores(model, config["seed"]), budget), config, lr)
+
+
+def _size(model: Any, budget: float | str) -> float | int:
+    """A budget; of a method that has its own size, how many weights that is."""
+    sizes: dict[float | str, Callable[[], int]] = {
+        "bitfit": lambda: bitfit_selection(model).count,
+        "last_layers": lambda: last_layers_selection(model, 1).count,
+        "sara_threshold": lambda: smaller_than(model, THRESHOLD).count,
+        "child_tuning_f": lambda: round(P * sum(p.numel() for p in weights(model).values())),
+    }
+    return sizes[budget]() if isinstance(budget, str) else budget
 
 
 def shuffled(model: Any, task: Task, config: Config, lr: float) -> Phases:
@@ -73,7 +93,8 @@ def shuffled(model: Any, task: Task, config: Config, lr: float) -> Phases:
 def fish(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """FISH, with the empirical Fisher information of some training examples."""
     batches = task.train.batches(config["batch"], seed=config["seed"])
-    selection = fish_selection(model, batches, config["budget"], samples=FISH_SAMPLES)
+    samples = config.get("samples", FISH_SAMPLES)
+    selection = fish_selection(model, batches, config["budget"], samples=samples)
     return _fixed(model, selection, config, lr)
 
 
@@ -91,9 +112,14 @@ def sara(model: Any, task: Task, config: Config, lr: float) -> Phases:
     return sara_phases(model, budget=config["budget"], lam=0.0, reselect=None, **_rates(config, lr))
 
 
+def magnitude(model: Any, task: Task, config: Config, lr: float) -> Phases:
+    """The largest weights."""
+    return _fixed(model, select(largest(model), config["budget"]), config, lr)
+
+
 def sara_threshold(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """SaRA with the threshold of 2e-3 of the authors' example, re-selection and rank loss."""
-    return sara_phases(model, threshold=2e-3, seed=config["seed"], **_rates(config, lr))
+    return sara_phases(model, threshold=THRESHOLD, seed=config["seed"], **_rates(config, lr))
 
 
 def spt(model: Any, task: Task, config: Config, lr: float) -> Phases:
@@ -105,12 +131,15 @@ def spt(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 def lora(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """peft's LoRA on queries and values."""
+    rank, layers = LORA[config["budget"]]
+    parts = ("query", "value")
+    targets = [f"layer.{layer}.attention.self.{part}" for layer in layers for part in parts]
+    return _lora(model, config, lr, rank, targets)
+
+
+def _lora(model: Any, config: Config, lr: float, rank: int, targets: list[str]) -> Phases:
     from peft import LoraConfig, inject_adapter_in_model
 
-    rank, layers = LORA[config["budget"]]
-    targets = [
-        f"layer.{layer}.attention.self.{part}" for layer in layers for part in ("query", "value")
-    ]
     heads = list(head_weights(model).values())
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
     added = [p for name, p in model.named_parameters() if "lora_" in name]
@@ -119,12 +148,27 @@ def lora(model: Any, task: Task, config: Config, lr: float) -> Phases:
     groups = [
         {"params": params, "lr": r, "weight_decay": 0.0}
         for params, r in ((added, lr), (heads, LR_HEAD))
+        if params
     ]
 
     def phases() -> Generator[Phase, None, None]:
         yield Phase("LoRA", groups, config["epochs"])
 
     return Phases(phases())
+
+
+def lora_linear(model: Any, task: Task, config: Config, lr: float) -> Phases:
+    """peft's LoRA on every linear layer of the encoder, of the rank that is nearest the budget."""
+    return nearest_lora(model, config, lr, ["query", "key", "value", "dense"])
+
+
+def nearest_lora(model: Any, config: Config, lr: float, layers: list[str]) -> Phases:
+    """The same on all layers of these names."""
+    own = weights(model)
+    sides = [p.shape for name, p in own.items() if p.dim() == 2 and name.split(".")[-2] in layers]
+    total = sum(p.numel() for p in own.values())
+    rank = max(1, round(config["budget"] * total / sum(map(sum, sides))))
+    return _lora(model, config, lr, rank, layers)
 
 
 def bitfit(model: Any, task: Task, config: Config, lr: float) -> Phases:
@@ -139,7 +183,7 @@ def last_layers(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 def child_tuning_f(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """Child-Tuning-F, p = 0.3."""
-    return child_tuning_f_phases(model, seed=config["seed"], **_rates(config, lr))
+    return child_tuning_f_phases(model, p=P, seed=config["seed"], **_rates(config, lr))
 
 
 def child_tuning_d(model: Any, task: Task, config: Config, lr: float) -> Phases:
@@ -189,15 +233,23 @@ def _fixed(model: Any, selection: Selection, config: Config, lr: float) -> Phase
 
 def _shuffled(method: str, model: Any, config: Config) -> Selection:
     """Random positions, as many in every tensor as a method's row of the same budget and seed."""
-    like = {"method": method, **{key: config[key] for key in ("budget", "seed", "task")}}
-    for name in ("movies", "movies_rates", "domains", "domains_rates"):
-        for row in results.read(name):
+    shapes = {name: tuple(p.shape) for name, p in weights(model).items()}
+    counts = _per_tensor(method, config)
+    first = {name: torch.arange(count) for name, count in counts.items() if count}
+    return shuffled_selection(Selection(first, shapes), config["seed"])
+
+
+def _per_tensor(method: str, config: Config) -> dict[str, int]:
+    """How many weights a method took of each tensor, in a row of the same data, budget and seed."""
+    own = ("method", "seed", "seeds", "lr", "start", "grid")
+    like = {"method": method, **{key: value for key, value in config.items() if key not in own}}
+    for name in ("movies", "domains", "reviews", "reviews_second"):
+        for row in (*results.read(name), *results.read(name + "_rates")):
             if like.items() <= row["config"].items():
-                shapes = {name: tuple(p.shape) for name, p in weights(model).items()}
-                first = {
-                    name: torch.arange(count) for name, count in row["per_tensor"].items() if count
-                }
-                return shuffled_selection(Selection(first, shapes), config["seed"])
+                seeds = row["config"].get("seeds", [row["config"].get("seed")])
+                if config["seed"] in seeds:
+                    parts = row.get("per_seed", [row])
+                    return parts[seeds.index(config["seed"])]["per_tensor"]
     raise ValueError(
         f"config={dict(config)} shuffles the row of {method}, which is missing; run that first"
     )

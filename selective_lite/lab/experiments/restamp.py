@@ -72,8 +72,8 @@ def verdict(row: Row, found: Replay) -> str:
 def voucher(row: Row, runs: Iterable[Row]) -> Row | None:
     """The current run that vouches for a row without losses: of its cell, at the rate it chose."""
     config, study = row["config"], studies.STUDIES[row["study"]]
-    lr = study.choose(row) if "grid" in config else config["lr"]
-    wanted = {**{key: config[key] for key in CELL}, "lr": lr}
+    lr = config["lr"] if "lr" in config else study.choose(row)
+    wanted = {**{key: config[key] for key in CELL if key in config}, "lr": lr}
     for run in runs:
         if wanted.items() <= run["config"].items() and run.get("first_losses"):
             return None if studies.changed([run]) else run

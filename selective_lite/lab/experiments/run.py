@@ -22,6 +22,7 @@ from .recipes import LR_HEAD, Config, Recipe
 from .results import Row
 
 KEPT = 5  # losses that a row keeps, for a page to repeat
+RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 Cell = tuple[str, float | str]  # a method and its budget
 
 
@@ -53,7 +54,8 @@ class Study:
     measure
         Function ``(model, data) -> results`` of a finished run; only it reads the test split.
     grids
-        Rates to try for each method and budget; none if there is nothing to tune.
+        Rates to try for each method and budget; none if there is nothing to tune. One rate is where
+        `bracket` begins, on the seeds of `tuned_on` together.
     seeds
         Function ``(method, budget) -> seeds``.
     choose
@@ -76,7 +78,7 @@ class Study:
     start: Callable[[Config], tuple[Any, Any]]
     validate: Callable[[Any, Any], float]
     measure: Callable[[Any, Any], Row]
-    grids: Mapping[Cell, tuple[float, ...]]
+    grids: Mapping[Cell, tuple[float, ...] | float]
     seeds: Callable[[str, float | str], tuple[int, ...]]
     choose: Callable[[Row], float]
     ship: Callable[[Mapping[str, torch.Tensor], Any, Config], Row] | None = None
@@ -84,25 +86,28 @@ class Study:
     lower: bool = False
     cliff: float = math.inf
     tuned_by: str | None = None
+    tuned_on: tuple[int, ...] = (0,)
 
     def roots(self, config: Config) -> list[str]:
         """The definitions and settings that a config's row follows from, as for `code_hash`."""
         recipe = self.recipes[config["method"]]
         used: list[Callable[..., Any]] = [sweep, self.start, self.validate, recipe]
         settings = [f"lower={self.lower}", f"cliff={self.cliff}"]
-        if "grid" not in config:
+        if "grid" not in config and "start" not in config:
             used = [run, self.start, self.measure, *([self.ship] if self.ship else []), recipe]
             settings = []
         return [*(results.place(definition) for definition in used), *settings]
 
     def rate_configs(self) -> Iterator[Config]:
-        """The sweeps: a method at a budget over its grid, on seed 0 and the validation split."""
+        """The sweeps: a method at a budget over its grid, on the validation split."""
         if self.tuned_by is None:
             for data in self.data:
                 for (method, budget), grid in self.grids.items():
-                    if grid:
-                        cell = {"method": method, "budget": budget, "seed": 0}
-                        yield {**cell, "grid": grid, **data}
+                    cell = {"method": method, "budget": budget}
+                    if isinstance(grid, float):
+                        yield {**cell, "seeds": self.tuned_on, "start": grid, **data}
+                    elif grid:
+                        yield {**cell, "seed": 0, "grid": grid, **data}
 
     def configs(self) -> Iterator[Config]:
         """The runs: a method at a budget with the rate that its sweep chose, for every seed."""
@@ -224,14 +229,36 @@ def run(study: Study, config: Config) -> Row:
 
 
 def sweep(study: Study, config: Config) -> Row:
-    """Validation numbers over a grid of rates; weights are scored, or gates relaxed, only once.
+    """Validation numbers over a grid of rates, or over those that `bracket` tries.
 
     A loss that is not finite counts as worst, and is kept as None.
+    """
+    sign = -1 if study.lower else 1
+    if "start" in config:
+        trials = [
+            trial(study, {**config, "seed": seed, "lr": config["start"]})
+            for seed in config["seeds"]
+        ]
+        found = bracket(
+            lambda lr: sum(gain(lr) for gain, _ in trials) / len(trials), config["start"]
+        )
+        tried = {"rates": list(found), "per_seed": [selected(phase) for _, phase in trials]}
+    else:
+        trials = [trial(study, {**config, "lr": config["grid"][0]})]
+        found, tried = climb(config["grid"], trials[0][0], study.cliff), {}
+    numbers = [sign * value if math.isfinite(value) else None for value in found.values()]
+    return {"validation": numbers, **(tried or selected(trials[0][1]))}
+
+
+def trial(study: Study, config: Config) -> tuple[Callable[[float], float], Phase]:
+    """What a rate gains on the validation split, as a function, and the first phase that has one.
+
+    Weights are scored, or gates relaxed, only once, at the rate ``config["lr"]``.
     """
     model, data = study.start(config)
     untuned = copy.deepcopy(model)
     recipe = study.recipes[config["method"]]
-    method = iter(recipe(model, data, config, config["grid"][0]))
+    method = iter(recipe(model, data, config, config["lr"]))
     first = next(method)
     chosen: Phase | None = None
     if first.selection is None and first.model is not None:
@@ -258,9 +285,33 @@ def sweep(study: Study, config: Config) -> Row:
             return -math.inf
         return sign * study.validate(model, data)
 
-    found = climb(config["grid"], gain, study.cliff).values()
-    numbers = [sign * value if math.isfinite(value) else None for value in found]
-    return {"validation": numbers, **selected(chosen or first)}
+    return gain, chosen or first
+
+
+def bracket(value: Callable[[float], float], start: float) -> dict[float, float]:
+    """Values at rates by half decades around a start, until the best lies between worse ones.
+
+    Where the best is met twice or more, there is a worse rate on both sides of all of them.
+
+    Raises
+    ------
+    ValueError
+        If the start is none of `RATES`.
+    """
+    if start not in RATES:
+        raise ValueError(f"start={start} is not by half decades; choose one of {RATES}")
+    first = last = RATES.index(start)
+    found = {start: value(start)}
+    while True:
+        top = max(found.values())
+        if found[RATES[first]] == top and first > 0:
+            first -= 1
+            found[RATES[first]] = value(RATES[first])
+        elif found[RATES[last]] == top and last < len(RATES) - 1:
+            last += 1
+            found[RATES[last]] = value(RATES[last])
+        else:
+            return dict(sorted(found.items()))
 
 
 def climb(

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 
-from . import four_deltas, movies, results, tweets
+from . import causal, four_deltas, movies, results, reviews, tweets
 from .results import Roots, Row
 from .run import Study
 
 STUDIES: dict[str, Study] = {
     study.name: study
-    for study in (movies.STUDY, movies.ALL_DOMAINS, tweets.STUDY, tweets.LARGER, four_deltas.STUDY)
+    for study in (
+        *(reviews.STUDY, reviews.SECOND_STUDY, causal.STUDY, movies.STUDY, movies.ALL_DOMAINS),
+        *(tweets.STUDY, tweets.LARGER, four_deltas.STUDY),
+    )
 }
 
 
