@@ -9,7 +9,7 @@ import torch
 import selective_lite as sl
 from selective_lite.lab import load_classifier, results
 from selective_lite.lab.data.sentiment import Split
-from selective_lite.lab.experiments import probes, reviews, run
+from selective_lite.lab.experiments import movies, probes, reviews, run
 from selective_lite.lab.models import load_mean_classifier
 
 SMALL = {"train": 48, "validation": 40, "test": 30, "batch": 8, "epochs": 2, "samples": 16}
@@ -142,7 +142,7 @@ def test_every_method_of_the_plan_runs(small, method, monkeypatch):
     row = run.run(small, config(method, budget, seed=0, lr=1e-3))
     assert all(math.isfinite(loss) for loss in row["first_losses"])
     total = sum(p.numel() for p in sl.weights(model).values())
-    if method in reviews.SHUFFLES:
+    if method in movies.SHUFFLES:
         assert row["per_tensor"] == counts
     elif method in ("random", "fish", "magnitude", "lt_sft", "child_tuning_d"):
         assert row["trained"] == row["selected"] == round(budget * total)

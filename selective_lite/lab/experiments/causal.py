@@ -9,25 +9,22 @@ what is missing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from ...methods.controls import random_scores
 from ...methods.controls import shuffled as shuffled_selection
 from ...methods.fish import fish as fish_selection
 from ...methods.fixed_mask import fixed_mask, full_finetuning
-from ...selection import Selection, select
-from ...training import Phase, Phases
+from ...training import Phases
 from ..data.tweets import Sequences, Texts, bits, load_texts
-from ..models import load_language_model
-from . import results
+from . import results, tweets
 from .intervals import sentences
 from .recipes import Config, Recipe, nearest_lora
-from .run import Cell, Study, make
+from .run import Cell, Study, best, make
 
 NAME = "causal"
 DATA = {
@@ -67,7 +64,7 @@ class Tweets(Texts):
 @cache
 def prepared(task: str, **sizes: int) -> tuple[Any, Tweets]:
     """The model and the texts; made once in a process, for reading the model takes a while."""
-    model, tokenizer = load_language_model()
+    model, tokenizer = tweets.loaded()
     rest = sizes.pop("other")
     own = load_texts(task, tokenizer, **sizes, device=model.device)
     other = load_texts(OTHER, tokenizer, train=1, validation=1, test=rest, device=model.device)
@@ -82,30 +79,16 @@ def start(config: Config) -> tuple[Any, Tweets]:
     return copy.deepcopy(model), texts
 
 
-def untouched(model: Any, texts: Texts, config: Config, lr: float) -> Iterator[Phase]:
-    """No training."""
-    yield from ()
-
-
 def full(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
     """Full fine-tuning."""
     return full_finetuning(model, lr=lr, epochs=config["epochs"])
 
 
-def fish(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
-    """FISH, with the empirical Fisher information of some training texts."""
-    return fixed_mask(model, _fish(model, texts, config), lr=lr, epochs=config["epochs"])
-
-
 def fish_shuffled(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
     """The control: random positions, as many in every tensor as FISH."""
-    selection = shuffled_selection(_fish(model, texts, config), config["seed"])
-    return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
-
-
-def random(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
-    """The control: positions drawn uniformly."""
-    selection = select(random_scores(model, config["seed"]), config["budget"])
+    batches = texts.train.batches(config["batch"], seed=config["seed"])
+    chosen = fish_selection(model, batches, config["budget"], samples=config["samples"])
+    selection = shuffled_selection(chosen, config["seed"])
     return fixed_mask(model, selection, lr=lr, epochs=config["epochs"])
 
 
@@ -114,37 +97,17 @@ def lora(model: Any, texts: Texts, config: Config, lr: float) -> Phases:
     return nearest_lora(model, config, lr, LINEAR)
 
 
-def _fish(model: Any, texts: Texts, config: Config) -> Selection:
-    batches = texts.train.batches(config["batch"], seed=config["seed"])
-    return fish_selection(model, batches, config["budget"], samples=config["samples"])
-
-
 # provenance: apart
 RECIPES: dict[str, Recipe] = {
-    recipe.__name__: recipe for recipe in (untouched, full, fish, fish_shuffled, random, lora)
+    **tweets.RECIPES,
+    **{recipe.__name__: recipe for recipe in (full, fish_shuffled, lora)},
 }
-
-
-def validate(model: Any, texts: Texts) -> float:
-    """Bits a token on the validation split."""
-    return _mean(model, texts.validation)
 
 
 def measure(model: Any, texts: Tweets) -> results.Row:
     """Bits and tokens of every test text; bits a token there, on validation and on other texts."""
-    cost, tokens = bits(model, texts.test)
-    return {
-        "bits_a_token": float(cost.sum() / tokens.sum()),
-        "validation": validate(model, texts),
-        "other": _mean(model, texts.other),
-        "bits": [round(each, 3) for each in cost.tolist()],
-        "tokens": tokens.tolist(),
-    }
-
-
-def _mean(model: Any, split: Sequences) -> float:
-    cost, tokens = bits(model, split)
-    return float(cost.sum() / tokens.sum())
+    cost, tokens = bits(model, texts.other)
+    return {**tweets.measure(model, texts), "other": float(cost.sum() / tokens.sum())}
 
 
 def seeds(method: str, budget: float | str) -> tuple[int, ...]:
@@ -154,8 +117,7 @@ def seeds(method: str, budget: float | str) -> tuple[int, ...]:
 
 def rate(sweep: Mapping[str, Any]) -> float:
     """The rate with the fewest validation bits in the mean, the smallest of equals."""
-    tried = zip(sweep["validation"], sweep["rates"], strict=True)
-    return float(min((cost, lr) for cost, lr in tried if cost is not None)[1])
+    return best(sweep, lower=True)
 
 
 STUDY = Study(
@@ -163,7 +125,7 @@ STUDY = Study(
     data=(DATA,),
     recipes=RECIPES,
     start=start,
-    validate=validate,
+    validate=tweets.validate,
     measure=measure,
     grids=GRIDS,
     seeds=seeds,

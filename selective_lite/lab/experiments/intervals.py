@@ -16,8 +16,8 @@ import numpy as np
 from scipy import stats
 
 from . import results
+from .run import Cell
 
-Cell = tuple[str, float | str]  # a method and its budget
 LEVEL = 0.95
 LEAST = 3  # seeds, for a verdict
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from ..data.sentiment import DOMAINS, Split, Task, evaluate, load_task
+from ..data.sentiment import DOMAINS, Split, Task, load_task
 from ..models import load_mean_classifier
-from . import recipes, results
+from . import movies, recipes, results
 from .intervals import sentences
 from .probes import Probe, correct, features, install, probe
 from .recipes import Config, Recipe
-from .run import Cell, Study, make
+from .run import Cell, Study, best, make
 
 NAME, SECOND = "reviews", "reviews_second"
 DATA = {"train": 1000, "validation": 1000, "test": 3000, "batch": 32, "epochs": 4, "samples": 1000}
@@ -35,7 +35,6 @@ STARTS = {0.00005: 3e-2, 0.0002: 1e-2, 0.001: 1e-2, 0.005: 3e-3, 0.02: 1e-3, 0.0
 TWO = (0.0002, 0.005)  # budgets of what is slow, and of what a chapter needs
 LORA_BUDGETS = (0.002, 0.005, 0.02)  # rank 1 in every linear layer is 0.18 %
 CONTROLS = {"random": None, "full": 1.0, "head": 0.0}
-SHUFFLES = ("fish_shuffled", "shuffled")
 EVERYWHERE = ("random", "fish", "fish_shuffled", "sara", "lt_sft")
 AT_TWO = ("magnitude", "unstructured", "shuffled", "structured", "spt", "child_tuning_d")
 # Methods of their own size, each with a random control of that size: first guesses of a rate.
@@ -121,25 +120,11 @@ def start(config: Config) -> tuple[Any, Reviews]:
     return copy.deepcopy(model), data
 
 
-def validate(model: Any, data: Reviews) -> float:
-    """Accuracy on the validation split."""
-    return float(evaluate(model, data.validation)["accuracy"])
-
-
 def measure(model: Any, data: Reviews) -> results.Row:
     """Accuracy and right answers on the test split, and how well domains are still told apart."""
-    test = evaluate(model, data.test)
     labels = torch.tensor(data.other.labels, device=data.reader.weight.device)
     left = correct(data.reader, features(model, data.other), labels)
-    return {
-        "accuracy": test["accuracy"],
-        "loss": test["loss"],
-        "validation": validate(model, data),
-        "majority": data.majority,
-        "tested": len(data.test),
-        "correct": results.pack(test["correct"]),
-        "told_apart": float(left.float().mean()),
-    }
+    return {**movies.measure(model, data), "told_apart": float(left.float().mean())}
 
 
 def seeds(method: str, budget: float | str) -> tuple[int, ...]:
@@ -149,13 +134,7 @@ def seeds(method: str, budget: float | str) -> tuple[int, ...]:
 
 def rate(sweep: Mapping[str, Any]) -> float:
     """The rate with the best mean validation accuracy."""
-    tried = zip(sweep["validation"], sweep["rates"], strict=True)
-    return max((accuracy, -lr) for accuracy, lr in tried if accuracy is not None)[1] * -1
-
-
-def shuffles(config: Config) -> bool:
-    """Whether a config is a control that shuffles another method's selection, read in its row."""
-    return config["method"] in SHUFFLES
+    return best(sweep)
 
 
 STUDY = Study(
@@ -163,12 +142,12 @@ STUDY = Study(
     data=({"task": "movies", **DATA},),
     recipes=RECIPES,
     start=start,
-    validate=validate,
+    validate=movies.validate,
     measure=measure,
     grids=GRIDS,
     seeds=seeds,
     choose=rate,
-    late=shuffles,
+    late=movies.shuffles,
     tuned_on=TUNED_ON,
 )
 # What chapters lean on, once more on another task.

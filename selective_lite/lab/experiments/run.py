@@ -314,6 +314,13 @@ def bracket(value: Callable[[float], float], start: float) -> dict[float, float]
             return dict(sorted(found.items()))
 
 
+def best(sweep: Mapping[str, Any], *, lower: bool = False) -> float:
+    """The rate of a bracketed sweep with the best number, the smallest of equals."""
+    tried = zip(sweep["validation"], sweep["rates"], strict=True)
+    sign = 1 if lower else -1
+    return float(min((sign * value, lr) for value, lr in tried if value is not None)[1])
+
+
 def climb(
     rates: Iterable[float], value: Callable[[float], float], cliff: float = 0.1
 ) -> dict[float, float]:
