@@ -29,11 +29,11 @@ from .run import Cell, Study, best, make
 NAME = "causal"
 DATA = {
     "task": "tweets",
-    "train": 800,
+    "train": 400,
     "validation": 100,
-    "test": 400,
+    "test": 300,
     "other": 100,
-    "batch": 8,
+    "batch": 4,
     "epochs": 1,
     "samples": 128,
 }
@@ -67,7 +67,7 @@ def prepared(task: str, **sizes: int) -> tuple[Any, Tweets]:
     model, tokenizer = tweets.loaded()
     rest = sizes.pop("other")
     own = load_texts(task, tokenizer, **sizes, device=model.device)
-    other = load_texts(OTHER, tokenizer, train=1, validation=1, test=rest, device=model.device)
+    other = load_texts(OTHER, tokenizer, train=100, validation=100, test=rest, device=model.device)
     return model, Tweets(own.train, own.validation, own.test, other.test)
 
 

@@ -88,12 +88,16 @@ def validate(model: Any, task: Task) -> float:
 
 
 def measure(model: Any, task: Task) -> results.Row:
+    """As `tested`, and accuracy on the validation split."""
+    return {**tested(model, task), "validation": validate(model, task)}
+
+
+def tested(model: Any, task: Task) -> results.Row:
     """Accuracy and loss on the test split, and which answers are right."""
     test = evaluate(model, task.test)
     return {
         "accuracy": test["accuracy"],
         "loss": test["loss"],
-        "validation": validate(model, task),
         "majority": task.majority,
         "tested": len(task.test),
         "correct": results.pack(test["correct"]),

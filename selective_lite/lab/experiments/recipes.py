@@ -43,6 +43,7 @@ LR_W, LR_ALPHA = 3e-4, 0.3
 LR_DENSE = 3e-5  # for methods that train all weights first: the rate of full fine-tuning
 FISH_SAMPLES = 256
 THRESHOLD, P = 2e-3, 0.3  # of SaRA's example; of Child-Tuning-F
+SORA_SHRINKAGE = 0.67  # of a gate in a run; half of those that N(0, 1) draws are smaller
 SPT_RANKS = {0.005: 8, 0.0002: 1}
 # Rank, and layers whose queries and values get it: the size nearest to each budget.
 LORA = {0.005: (12, range(6)), 0.0002: (1, range(3, 6))}
@@ -199,9 +200,19 @@ def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Phases:
     return lt_sft_phases(model, config["budget"], **rates)
 
 
-def sora(model: Any, task: Task, config: Config, lr: float) -> Phases:
-    """SoRA of rank 8 on every matrix of the encoder and the pooler."""
-    return sora_phases(SoRA(model, seed=config["seed"]), **_rates(config, lr))
+def sora(
+    model: Any, task: Task, config: Config, lr: float
+) -> Generator[Phase, None, dict[str, Any]]:
+    """SoRA of rank 8 on every matrix of the encoder, with the ranks that it ends with.
+
+    As in the authors' code, a gate shrinks by the same xi at every step, whatever the rate; in a
+    run so short xi must be larger than theirs, for a gate to go as far.
+    """
+    update = SoRA(model, seed=config["seed"])
+    steps = config["epochs"] * len(task.train.batches(config["batch"]))
+    yield from sora_phases(update, xi=SORA_SHRINKAGE / steps, **_rates(config, lr))
+    parts = [part for one in update.updates.values() for part in one.parameters()]
+    return {"trained": sum(part.numel() for part in parts), "ranks": list(update.ranks().values())}
 
 
 def _rates(config: Config, lr: float) -> dict[str, Any]:

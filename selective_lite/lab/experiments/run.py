@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,8 @@ class Study:
     data
         What every config says of the data, one for each task.
     recipes
-        Function ``(model, data, config, lr) -> phases`` of each method.
+        Function ``(model, data, config, lr) -> phases`` of each method; a generator may return what
+        its rows say of the end.
     start
         Function ``config -> (model, data)``; ``data.train`` has ``batches(size, seed)``.
     validate
@@ -70,6 +71,10 @@ class Study:
         A sweep ends after the first rate that is worse than the best so far by more than this.
     tuned_by
         Name of the file whose sweeps choose the rates, on its own task (default: its own sweeps).
+    tuned_on
+        Seeds of a sweep that `bracket` makes.
+    scaled
+        Cells that are not tuned: the cell whose rate they take, and by what it is multiplied.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Study:
     cliff: float = math.inf
     tuned_by: str | None = None
     tuned_on: tuple[int, ...] = (0,)
+    scaled: Mapping[Cell, tuple[Cell, float]] = field(default_factory=dict)
 
     def roots(self, config: Config) -> list[str]:
         """The definitions and settings that a config's row follows from, as for `code_hash`."""
@@ -120,10 +126,13 @@ class Study:
             for seed in sorted({seed for cell in self.grids for seed in self.seeds(*cell)}):
                 for (method, budget), grid in self.grids.items():
                     if seed in self.seeds(method, budget):
-                        at = (method, budget, self.tuned_by or data["task"])
-                        lr = chosen[at] if grid or self.tuned_by else 0.0
-                        cell = {"method": method, "budget": budget, "seed": seed}
-                        yield {**cell, "lr": lr, **data}
+                        cell = (method, budget)
+                        tuned, factor = self.scaled.get(cell, (cell, 1.0))
+                        at = (*tuned, self.tuned_by or data["task"])
+                        fixed = not grid and cell not in self.scaled and not self.tuned_by
+                        lr = 0.0 if fixed else factor * chosen[at]
+                        at_seed = {"method": method, "budget": budget, "seed": seed}
+                        yield {**at_seed, "lr": lr, **data}
 
 
 def make(study: Study) -> None:
@@ -208,22 +217,28 @@ def run(study: Study, config: Config) -> Row:
     """One row: train, then measure, which reads the test split once."""
     model, data = study.start(config)
     before = snapshot(model) if study.ship else {}
-    phases: list[Phase] = []
+    last: Row = {}
 
     def noted() -> Iterator[Phase]:
-        for phase in study.recipes[config["method"]](model, data, config, config["lr"]):
-            phases.append(phase)
+        method = iter(study.recipes[config["method"]](model, data, config, config["lr"]))
+        while True:
+            try:
+                phase = next(method)
+            except StopIteration as end:
+                last.update(end.value or {})
+                return
+            # Before it is trained: SaRA lets go of weights that have changed and are shipped.
+            last.update(trained=trained(phase, model), **selected(phase))
             yield phase
 
     records = train(model, data.train, config, noted())
     row = study.measure(model, data)
-    if not phases:
+    if not last:
         return row
     return {
         **row,
         "first_losses": [record["loss"] for record in records[:KEPT]],
-        "trained": trained(phases[-1], model),
-        **selected(phases[-1]),
+        **last,
         **(study.ship(before, model, config) if study.ship else {}),
     }
 
