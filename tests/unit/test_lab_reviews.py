@@ -191,3 +191,34 @@ def test_a_rate_that_failed_is_not_chosen_and_of_equals_the_smaller_is():
 
 def test_starts_are_half_decades():
     assert {start for start in reviews.GRIDS.values() if start} <= set(run.RATES)
+
+
+def test_full_takes_the_scaled_rate_of_child_tuning_f(small, monkeypatch):
+    """Two tasks have each their own sweep; the cell that is not tuned reads that of its task."""
+    two = tuple({"task": task, **SMALL} for task in ("tweets", "movies"))
+    cells = {("child_tuning_f", "own"): 1e-4, ("full", "child_tuning_f"): ()}
+    study = replace(small, data=two, grids=cells, seeds=lambda method, budget: (0,))
+    sweeps = [
+        {"config": cell, "rates": [1e-4, 3e-4], "validation": found}
+        for cell, found in zip(study.rate_configs(), ([0.7, 0.6], [0.6, 0.7]), strict=True)
+    ]
+    monkeypatch.setattr(results, "read", lambda name: sweeps if name == "reviews_rates" else [])
+    rates = {(c["method"], c["task"]): c["lr"] for c in study.configs()}
+    assert [rates["child_tuning_f", task] for task in ("tweets", "movies")] == [1e-4, 3e-4]
+    assert rates["full", "tweets"] == pytest.approx(0.3**0.5 * 1e-4)
+    assert rates["full", "movies"] == pytest.approx(0.3**0.5 * 3e-4)
+
+
+def test_a_row_of_sora_has_the_ranks_that_it_ends_with(small):
+    row = run.run(small, config("sora", "own", seed=0, lr=1e-3))
+    opened = sum(row["ranks"])
+    assert 0.3 < opened / (8 * len(row["ranks"])) < 0.7  # half of what N(0, 1) draws shrinks away
+    fewest, most = 2 * 384 + 1, 384 + 1536 + 1
+    assert fewest * opened <= row["trained"] <= most * opened
+
+
+def test_a_row_of_sara_counts_all_that_it_trained_though_it_let_go_of_some(small):
+    cell = config("sara_threshold", "own", seed=0, lr=1e-3)
+    model, _ = small.start(cell)
+    small_ones = sum(int((p.abs() < 2e-3).sum()) for p in sl.weights(model).values())
+    assert run.run(small, cell)["trained"] == small_ones
