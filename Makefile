@@ -61,8 +61,10 @@ results: $(ENVIRONMENT) assets ## run the full experiments, for hours; an interr
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.movies
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.reviews
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.causal
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.below_chance
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.four_deltas
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.tweets
+	$(BIN)/python -m selective_lite.lab.experiments.table
 
 .PHONY: restamp
 restamp: $(ENVIRONMENT) assets ## replay the first losses of rows whose code changed; keep those that agree

@@ -99,6 +99,41 @@ def without_code_and_math(text):
     return re.sub(r"(?s)```.*?```|\$\$.*?\$\$|`[^`\n]*`|\$[^$\n]+\$", "", text)
 
 
+BUDGETS = {"0.005", "0.02", "0.05", "0.1", "0.5", "1", "2", "5", "50", "95", "99.5", "100"}
+RESULT = re.compile(r"(?<![\w.])([\d][\d.,]*)\s?(%|per cent|percent\b|points\b)")
+# The title has sizes of downloads, the box numbers of papers, solutions what they derive.
+TYPED = re.compile(r"^# |^:{3,}\{(admonition\} Paper and code|exercise|solution)", re.MULTILINE)
+SAID = re.compile(r"\b(authors|paper|papers|report)\b")
+
+
+def typed_results(notebook):
+    """Percentages and points in prose that are no budget: numbers of a run belong into a cell."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and not TYPED.search(cell.source):
+            for paragraph in without_code_and_math(cell.source).split("\n\n"):
+                for number, unit in RESULT.findall("" if SAID.search(paragraph) else paragraph):
+                    if unit == "points" or number not in BUDGETS:
+                        yield f"{number} {unit}"
+
+
+def test_no_result_is_typed_into_prose(source):
+    assert list(typed_results(source)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("FISH reaches 83.5 % here.", ["83.5 %"]),
+        ("It gains 1.2 points over chance.", ["1.2 points"]),
+        ("At 0.5 % of the weights, `83.5 %` and $83.5 %$ aside.", []),
+        (":::{admonition} Paper and code\nThe authors report 80.6 %.\n:::", []),
+    ],
+)
+def test_a_typed_result_is_found(text, found):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    assert list(typed_results(notebook)) == found
+
+
 def test_the_table_of_contents_lists_every_chapter():
     listed = re.findall(r"file: (chapters/\S+)", (BOOK / "_toc.yml").read_text())
     assert listed == [f"chapters/{page.stem}" for page in PAGES]

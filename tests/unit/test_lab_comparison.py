@@ -43,17 +43,17 @@ def test_verdicts_follow_the_paired_interval():
         line.rsplit(":", 1)[0] + line.split(":")[1].split(",")[0]
         for line in comparison.sentences(forest).splitlines()
     ] == [
-        "Ours 10.00% \u2212 full not distinguishable",
-        "Ours 1.00% \u2212 full worse",
-        "Ours 10.00% \u2212 random 10.00% better",
-        "random 10.00% \u2212 Ours 10.00% worse",
+        "Ours 10 % \u2212 full not distinguishable",
+        "Ours 1 % \u2212 full worse",
+        "Ours 10 % \u2212 random 10 % better",
+        "random 10 % \u2212 Ours 10 % worse",
     ]
     assert forest[2][1] == -forest[3][1] == pytest.approx(27)
 
 
 def test_a_rule_is_compared_with_every_budget_and_what_has_no_rows_is_named():
     forest = comparison.paired(ROWS, NAMES, [("rule", "ours"), ("absent", "full")])
-    assert [label for label, *_ in forest] == ["Rule \u2212 Ours 10.00%", "Rule \u2212 Ours 1.00%"]
+    assert [label for label, *_ in forest] == ["Rule \u2212 Ours 10 %", "Rule \u2212 Ours 1 %"]
     assert comparison.missing(ROWS, NAMES) == "Absent"
     assert comparison.missing(ROWS, {"ours": "Ours"}) == "nothing"
 
@@ -121,3 +121,57 @@ def test_a_forest_draws_and_says_every_difference(monkeypatch, capsys):
     comparison.show_differences(iter(differences))
     assert drawn == [(differences, "points")]
     assert comparison.sentences(differences) in capsys.readouterr().out
+
+
+def judged(method, budget, right):
+    """Five seeds, each with about this share of 400 answers right; those of a rule vary."""
+    wrong = round(400 * (1 - right))
+    spread = 8 if method == "rule" else 1
+    return [row(method, budget, seed, wrong + spread * (seed - 2), 9) for seed in range(5)]
+
+
+def test_methods_meet_at_equal_budgets_and_a_rule_meets_the_control_of_its_size():
+    rows = [
+        *(judged("ours", 0.005, 0.9) + judged("ours", 0.02, 0.9) + judged("random", 0.005, 0.8)),
+        *(judged("rule", "own", 0.8) + judged("random", "rule", 0.8) + judged("full", 1.0, 0.8)),
+        *judged("full", "rule", 0.8),
+    ]
+    pairs = [("ours", "random"), ("rule", "random")]
+    pairs += [("ours", "full"), ("rule", "full"), ("ours", "rule")]
+    assert list(comparison.opponents(rows, NAMES, pairs).values()) == [
+        "Ours 0.5 % \u2212 random 0.5 %",
+        "Rule \u2212 random (Rule's size)",
+        "Ours 2 % \u2212 full",
+        "Ours 0.5 % \u2212 full",
+        "Rule \u2212 full",
+        "Rule \u2212 full (Rule's size)",
+        "Ours 2 % \u2212 Rule",
+        "Ours 0.5 % \u2212 Rule",
+    ]
+
+
+def test_verdicts_are_corrected_for_how_many_there_are(capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        comparison.plots, "interval", lambda ax, rows, unit, clear: drawn.extend(clear)
+    )
+    monkeypatch.setattr(comparison.plots, "show", lambda fig, alt: None)
+    rows = judged("ours", 0.005, 0.95) + judged("rule", 0.005, 0.81) + judged("random", 0.005, 0.8)
+    found = comparison.show_verdicts(rows, NAMES, [("ours", "random"), ("rule", "random")])
+    said = capsys.readouterr().out
+    assert [one.verdict for one in found.values()] == ["better", "not distinguishable"]
+    assert drawn == [True, False]
+    assert said.startswith("Ours 0.5 % \u2212 random 0.5 %: better, +15.00 points [")
+    assert "2 comparisons" in said
+    alone = comparison.show_verdicts(rows, NAMES, [("rule", "random")])
+    p = [one.p for one in (*alone.values(), *found.values())]
+    assert p[0] <= p[2] <= min(1, 2 * p[0])
+
+
+def test_no_verdict_from_two_seeds(monkeypatch):
+    monkeypatch.setattr(comparison.plots, "show", lambda fig, alt: None)
+    rows = [
+        r for r in judged("ours", 0.1, 0.9) + judged("random", 0.1, 0.8) if r["config"]["seed"] < 2
+    ]
+    with pytest.raises(ValueError, match="seeds=2 are too few for a verdict"):
+        comparison.show_verdicts(rows, NAMES, [("ours", "random")])

@@ -125,6 +125,36 @@ def holm(family: Iterable[Difference]) -> list[Difference]:
     return corrected
 
 
+def compared(
+    rows: Iterable[results.Row], pairs: Iterable[tuple[Cell, Cell]]
+) -> dict[tuple[Cell, Cell], Difference]:
+    """What the first cell of each pair gains over the second; p values hold for all together.
+
+    Parameters
+    ----------
+    rows
+        Rows of one task. They say which answers are right, or how many bits each text cost.
+    pairs
+        Methods at budgets, ``((method, budget), (method, budget))``, each with rows.
+
+    Returns
+    -------
+    dict
+        ``{pair: difference}``, in accuracy or bits a token; more is better.
+
+    Raises
+    ------
+    ValueError
+        If a cell has no rows.
+    """
+    runs, weight = _runs(rows)
+    pairs = list(pairs)
+    if absent := sorted({str(cell) for pair in pairs for cell in pair if cell not in runs}):
+        raise ValueError(f"pairs have cells without rows: {', '.join(absent)}")
+    found = [difference(runs[ours], runs[theirs], weight) for ours, theirs in pairs]
+    return dict(zip(pairs, holm(found), strict=True))
+
+
 def against(
     rows: Iterable[results.Row], controls: Mapping[str, float | None]
 ) -> dict[tuple[str, Cell], Difference]:
@@ -133,7 +163,7 @@ def against(
     Parameters
     ----------
     rows
-        Rows of one task. They say which answers are right, or how many bits each text cost.
+        As in `compared`.
     controls
         The budget at which a control stands; None compares methods with it at their own budget, or
         with the one of their size, whose budget is named after them.
@@ -141,8 +171,24 @@ def against(
     Returns
     -------
     dict
-        ``{(control, (method, budget)): difference}``, in accuracy or bits a token; more is better.
+        ``{(control, (method, budget)): difference}``, as in `compared`.
     """
+    rows = list(rows)
+    cells = dict.fromkeys((row["config"]["method"], row["config"]["budget"]) for row in rows)
+    pairs = {}
+    for control, at in controls.items():
+        for cell in cells:
+            named = (control, cell[0] if cell[1] == "own" else cell[1])
+            other = named if at is None else (control, at)
+            if cell != other and other in cells:
+                pairs[cell, other] = (control, cell)
+    return {pairs[pair]: found for pair, found in compared(rows, pairs).items()}
+
+
+def _runs(
+    rows: Iterable[results.Row],
+) -> tuple[dict[Cell, dict[int, Any]], Sequence[float] | None]:
+    """One number for each test example by cell and seed, and the weights of the examples."""
     runs: dict[Cell, dict[int, Any]] = {}
     weight = None
     for row in rows:
@@ -156,14 +202,7 @@ def against(
     for cell, found in runs.items():
         if cell[1] == 0:  # what trains nothing is the same for every seed
             runs[cell] = dict.fromkeys(seeds, next(iter(found.values())))
-    pairs = {}
-    for control, at in controls.items():
-        for cell in runs:
-            named = (control, cell[0] if cell[1] == "own" else cell[1])
-            other = named if at is None else (control, at)
-            if cell != other and other in runs:
-                pairs[control, cell] = difference(runs[cell], runs[other], weight)
-    return dict(zip(pairs, holm(pairs.values()), strict=True))
+    return runs, weight
 
 
 def sentences(rows: Iterable[results.Row], controls: Mapping[str, float | None]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -118,7 +119,7 @@ class Study:
     def configs(self) -> Iterator[Config]:
         """The runs: a method at a budget with the rate that its sweep chose, for every seed."""
         chosen = {
-            (c["method"], c["budget"], c["task"]): self.choose(sweep)
+            (c["method"], c["budget"], self._data(c)): self.choose(sweep)
             for sweep in results.read((self.tuned_by or self.name) + "_rates")
             if (c := sweep["config"])
         }
@@ -128,11 +129,16 @@ class Study:
                     if seed in self.seeds(method, budget):
                         cell = (method, budget)
                         tuned, factor = self.scaled.get(cell, (cell, 1.0))
-                        at = (*tuned, self.tuned_by or data["task"])
                         fixed = not grid and cell not in self.scaled and not self.tuned_by
-                        lr = 0.0 if fixed else factor * chosen[at]
+                        lr = 0.0 if fixed else factor * chosen[(*tuned, self._data(data))]
                         at_seed = {"method": method, "budget": budget, "seed": seed}
                         yield {**at_seed, "lr": lr, **data}
+
+    def _data(self, config: Config) -> str:
+        """What a config says of its data, as a key; if another study tunes, of its task only."""
+        if self.tuned_by:
+            return self.tuned_by
+        return json.dumps([config.get(name) for name in self.data[0]])
 
 
 def make(study: Study) -> None:

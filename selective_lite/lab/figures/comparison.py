@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..experiments.intervals import Difference, compared
 from ..experiments.results import FIRST, Row, compare, read, rows_of
+from ..experiments.run import Cell
 from . import plots
 
 CONTROLS = ("random", "shuffled", "fish_shuffled")
@@ -16,7 +18,7 @@ CONTROLS = ("random", "shuffled", "fish_shuffled")
 def budgets(rows: Iterable[Row], method: str) -> list[float | str]:
     """The budgets at which a method has rows, largest first; ``"own"`` (its own size) is last."""
     found = {row["config"]["budget"] for row in rows if row["config"]["method"] == method}
-    return sorted(found, key=lambda budget: -1.0 if budget == "own" else -budget)
+    return sorted(found, key=lambda budget: 1.0 if isinstance(budget, str) else -budget)
 
 
 def show(name: str, names: Mapping[str, str]) -> list[Row]:
@@ -198,9 +200,83 @@ def paired(
     return found
 
 
+def opponents(
+    rows: Iterable[Row], names: Mapping[str, str], pairs: Iterable[tuple[str, str]]
+) -> dict[tuple[Cell, Cell], str]:
+    """The cells in which two methods meet, with a label for each pair.
+
+    Methods meet at each budget that both have. Full fine-tuning, the head alone and a method of its
+    own size meet the other at all of its budgets, and what has its own size the control of it.
+    """
+    rows, found = list(rows), {}
+    for ours, theirs in pairs:
+        others = budgets(rows, theirs)
+        for budget in budgets(rows, ours):
+            wanted = ours if budget == "own" else budget
+            for other in others:
+                if other == wanted or other in (0.0, 1.0) or others == ["own"]:
+                    title = f"{label(names, ours, budget)} \u2212 {label(names, theirs, other)}"
+                    found[(ours, budget), (theirs, other)] = title
+    return found
+
+
+def show_verdicts(
+    rows: Iterable[Row], names: Mapping[str, str], pairs: Iterable[tuple[str, str]]
+) -> dict[str, Difference]:
+    """Draw what the first method of each pair gains, with intervals, and print the verdicts.
+
+    Intervals are of each difference alone. Verdicts hold for all of them together (Holm), so a
+    point whose interval excludes zero may be hollow.
+
+    Parameters
+    ----------
+    rows
+        Rows of one task.
+    names
+        Label of each method.
+    pairs
+        Methods, compared where `opponents` says.
+
+    Returns
+    -------
+    dict
+        `Difference` by label, in accuracy.
+
+    Raises
+    ------
+    ValueError
+        If a comparison has fewer than three seeds.
+    """
+    rows = list(rows)
+    titles = opponents(rows, names, pairs)
+    found = {titles[pair]: one for pair, one in compared(rows, titles).items()}
+    lines = [f"{title}: {one.verdict}, {_points(one)}" for title, one in found.items()]
+    said = "\n".join(lines)
+    alt = "Differences of test accuracy in points, with 95 % intervals. " + "; ".join(lines)
+    drawn = [
+        (title, 100 * one.mean, 100 * one.interval[0], 100 * one.interval[1])
+        for title, one in found.items()
+    ]
+    clear = [one.verdict != "not distinguishable" for one in found.values()]
+    with plots.figure(alt=alt, height=1.0 + 0.3 * len(found), width=6.6) as (_, ax):
+        plots.interval(ax, drawn, unit="points", clear=clear)
+    print(said)
+    print(f"{len(found)} comparisons; verdicts hold for all of them together (Holm).")
+    return found
+
+
+def _points(one: Difference) -> str:
+    low, high = one.interval
+    return f"{100 * one.mean:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
 def label(names: Mapping[str, str], method: str, budget: float | str) -> str:
-    """A method's name, with its budget if it has one."""
-    return names[method] if budget in ("own", 1.0) else f"{names[method]} {budget:.2%}"
+    """A method's name, with its budget if it has one, or the name of the method of that size."""
+    if budget in ("own", 1.0, 0.0):
+        return names[method]
+    if isinstance(budget, str):
+        return f"{names[method]} ({names.get(budget, budget)}'s size)"
+    return f"{names[method]} {100 * budget:g} %"
 
 
 def verdict(low: float, high: float) -> str:

@@ -288,10 +288,15 @@ def bars(ax: Any, rows: Sequence[tuple[str, float, float, float]], color: str = 
     ax.grid(axis="y", visible=False)
 
 
-def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str = "") -> None:
+def interval(
+    ax: Any,
+    rows: Sequence[tuple[str, float, float, float]],
+    unit: str = "",
+    clear: Sequence[bool] | None = None,
+) -> None:
     """Draw paired differences: in each row a point and its 95 % interval, against a line at zero.
 
-    A filled point's interval excludes zero, a hollow one's does not.
+    A filled point is clear of zero, a hollow one is not.
 
     Parameters
     ----------
@@ -299,6 +304,8 @@ def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str
     rows : sequence of (label, difference, low, high)
     unit : str
         Written behind the numbers on the right, such as ``"points"``.
+    clear : sequence of bool, optional
+        Whether each difference has a verdict; by default, whether its interval excludes zero.
 
     Raises
     ------
@@ -308,15 +315,15 @@ def interval(ax: Any, rows: Sequence[tuple[str, float, float, float]], unit: str
     labels, numbers = _rows(rows)
     at = np.arange(len(labels))[::-1]
     ax.axvline(0, color="#444444", linewidth=1)
-    for y, (estimate, low, high) in zip(at, numbers, strict=True):
-        clear = low > 0 or high < 0
+    filled = [low > 0 or high < 0 for _, low, high in numbers] if clear is None else clear
+    for y, (estimate, low, high), full in zip(at, numbers, filled, strict=True):
         ax.plot([low, high], [y, y], "-", color=PALETTE[0], linewidth=2)
         ax.plot(
             estimate,
             y,
             "o",
             color=PALETTE[0],
-            markerfacecolor=PALETTE[0] if clear else "white",
+            markerfacecolor=PALETTE[0] if full else "white",
             markersize=7,
         )
         ax.text(

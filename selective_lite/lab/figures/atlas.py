@@ -1,0 +1,177 @@
+"""Atlas: all methods on one task, against budget, against learning rate, and what they forget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ..experiments.intervals import LEVEL, Difference, compared
+from ..experiments.results import Row, rows_of
+from ..experiments.run import Cell
+from . import plots
+from .comparison import CONTROLS, label
+
+FLOOR = 0.0  # the budget of what trains nothing
+
+
+def look(names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Colour, line and marker of each method: the same in every picture of a page.
+
+    Controls are grey and differ in their dashes.
+    """
+    colors, markers, dashes = iter(plots.PALETTE * 2), iter("osD^v<>P*Xhd"), iter((":", "--", "-."))
+    return {
+        method: {
+            "color": plots.GREY if method in CONTROLS else next(colors),
+            "linestyle": next(dashes) if method in CONTROLS else "-",
+            "marker": next(markers),
+        }
+        for method in names
+    }
+
+
+def mean_and_reach(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of some seeds' numbers, and half of its 95 % t interval; NaN for one seed."""
+    found = np.asarray(values, float)
+    if len(found) < 2:
+        return float(found.mean()), math.nan
+    reach = stats.t.ppf(0.5 + LEVEL / 2, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    return float(found.mean()), float(reach)
+
+
+def by_budget(
+    ax: Any, rows: Iterable[Row], names: Mapping[str, str], key: str = "accuracy"
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Draw a result against the budget, in percent, with t intervals over seeds as bands.
+
+    What has one budget (full fine-tuning, the head alone) is a line across.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    rows : rows of one task
+    names : label of each method
+    key : which share of a row is drawn, such as ``"accuracy"`` or ``"told_apart"``
+
+    Returns
+    -------
+    dict
+        For each method what was drawn: ``(budget, mean, reach)`` with means in percent.
+    """
+    rows, drawn = list(rows), {}
+    looks = look(names)
+    for method, name in names.items():
+        found = sorted(
+            {
+                float(row["config"]["budget"])
+                for row in rows
+                if row["config"]["method"] == method and isinstance(row["config"]["budget"], float)
+            }
+        )
+        points = [
+            (b, *mean_and_reach([100 * row[key] for row in rows_of(rows, method, b)]))
+            for b in found
+        ]
+        if not points:
+            continue
+        drawn[method] = points
+        if found[-1] in (FLOOR, 1.0):
+            _, mean, reach = points[-1]
+            ax.axhline(mean, color="#333333", linewidth=1, linestyle=looks[method]["linestyle"])
+            ax.text(1.01, mean, name, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
+            if reach > 0:
+                ax.axhspan(mean - reach, mean + reach, color="#333333", alpha=0.1, linewidth=0)
+            continue
+        budget, mean_, reach_ = np.array(points).T
+        ax.plot(100 * budget, mean_, label=name, **looks[method])
+        color = looks[method]["color"]
+        ax.fill_between(
+            100 * budget, mean_ - reach_, mean_ + reach_, color=color, alpha=0.15, linewidth=0
+        )
+    ax.set(xscale="log", xlabel="budget in %")
+    return drawn
+
+
+def worth(
+    rows: Iterable[Row], names: Mapping[str, str], control: str = "random"
+) -> dict[tuple[str, float], Difference]:
+    """What each method gains over chance at every budget that both have, each at its own rate.
+
+    Returns
+    -------
+    dict
+        ``{(method, budget): difference}`` in accuracy; p values hold for all of them together.
+    """
+    rows = list(rows)
+    cells = dict.fromkeys((row["config"]["method"], row["config"]["budget"]) for row in rows)
+    pairs: dict[tuple[Cell, Cell], Any] = {
+        (cell, (control, cell[1])): cell
+        for cell in cells
+        if cell[0] in names and cell[0] != control and isinstance(cell[1], float)
+        if (control, cell[1]) in cells
+    }
+    return {pairs[pair]: found for pair, found in compared(rows, pairs).items()}
+
+
+def worth_sentences(
+    found: Mapping[tuple[str, float], Difference], names: Mapping[str, str]
+) -> list[str]:
+    """A sentence for each gain over chance, by budget."""
+    lines = []
+    for (method, budget), one in sorted(found.items(), key=lambda item: item[0][1]):
+        low, high = one.interval
+        points = f"{100 * one.mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        lines.append(f"{label(names, method, budget)}: {points} over chance, {one.verdict}")
+    return lines
+
+
+def by_rate(
+    ax: Any, sweeps: Iterable[Row], names: Mapping[str, str], budget: float
+) -> dict[str, dict[float, float]]:
+    """Draw validation accuracy against the learning rate, at one budget; rates that failed are not.
+
+    Returns
+    -------
+    dict
+        ``{method: {rate: accuracy in percent}}``.
+    """
+    looks, drawn = look(names), {}
+    for row in sweeps:
+        method = row["config"]["method"]
+        if method in names and row["config"]["budget"] == budget:
+            drawn[method] = {
+                rate: 100 * value
+                for rate, value in zip(row["rates"], row["validation"], strict=True)
+                if value is not None
+            }
+    for method in names:
+        if method in drawn:
+            ax.plot(*zip(*drawn[method].items(), strict=True), label=names[method], **looks[method])
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy in %")
+    return drawn
+
+
+def leads(
+    curves: Mapping[str, Mapping[float, float]], ours: str, theirs: str
+) -> tuple[dict[float, float], float]:
+    """What a method leads by at each rate that both were run at, and with each at its own best."""
+    mine, other = curves[ours], curves[theirs]
+    common = {rate: mine[rate] - other[rate] for rate in mine if rate in other}
+    return common, max(mine.values()) - max(other.values())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many weights of each tensor a row's mask took, as pictures of selections want it."""
+
+    shapes: Mapping[str, Sequence[int]]
+    counts: Mapping[str, int]
+
+    def per_tensor(self) -> Mapping[str, int]:
+        """The selected weights of each tensor."""
+        return self.counts
