@@ -145,6 +145,6 @@ def child_tuning(
     candidates = weights(model, head)
     resolve_budget(budget, sum(p.numel() for p in candidates.values()))
     check_candidates(model, head, exclude)
-    # (eq-child-d)  F_w = sum_i (d L_i / d w)^2;  M_w = 1 if F_w is among the p N largest, else 0
+    # (eq-child-d)  F_i = sum_j (d L_j / d theta_i)^2;  m_i = 1 if F_i is among the p N largest
     scores = squared_gradient(model, batches, reduction=reduction, loss=loss, head=head)
     return replace(select(without(scores, exclude), budget), method="Child-Tuning-D")

@@ -74,7 +74,7 @@ def fisher_information(
     part = first_samples(batches, samples)
     if fisher == "expected":
         return expected_squared_gradient(model, part, head=head)
-    # (eq-fish)  F_w = sum_i (d -log p(y_i | x_i) / d w)^2
+    # (eq-fish)  F_i = sum_j (d -log p(y_j | x_j) / d theta_i)^2
     labels: Literal["given", "model"] = "given" if fisher == "empirical" else "model"
     return squared_gradient(model, part, labels=labels, loss=loss, head=head, seed=seed)
 
@@ -122,7 +122,7 @@ def expected_squared_gradient(
     def root_of_term(model: nn.Module, part: Batch) -> Tensor:
         inputs = {key: value for key, value in part.items() if key != "labels"}
         log_p = model(**inputs).logits.log_softmax(-1)[0, int(part["labels"])]
-        # (eq-expected-fisher)  F = sum_i sum_c p(c | x_i) (d -log p(c | x_i) / d w)^2
+        # (eq-expected-fisher)  F_i = sum_j sum_y p(y | x_j) (d -log p(y | x_j) / d theta_i)^2
         # (the root of a term here, which is squared below)
         return -log_p * log_p.detach().exp().sqrt()
 
@@ -188,5 +188,5 @@ def fish(
     scores = fisher_information(
         model, batches, samples=samples, fisher=fisher, loss=loss, head=head, seed=seed
     )
-    # (eq-fish-mask)  M_w = 1 if F_w is among the k largest, else 0
+    # (eq-fish-mask)  m_i = 1 if F_i is among the k largest, else 0
     return replace(select(without(scores, exclude), budget), method="FISH")

@@ -18,12 +18,12 @@ EPS = 1e-6  # u is kept in [EPS, 1 - EPS], as in the authors' code: log u must b
 
 
 def check_stretch(stretch: Stretch, beta: float = BETA) -> Stretch:
-    """The stretch (l, r); a `ValueError` unless l < 0 and r > 1: only then is a gate 0 or 1.
+    """The stretch (gamma, zeta); a `ValueError` unless gamma < 0 and zeta > 1.
 
-    And unless `beta` is positive.
+    Only then is a gate 0 or 1. And unless `beta` is positive.
     """
     if not (stretch[0] < 0 and stretch[1] > 1):
-        raise ValueError(f"stretch={tuple(stretch)} must have l < 0 and r > 1, e.g. (-0.1, 1.1)")
+        raise ValueError(f"stretch={tuple(stretch)} must have gamma < 0 and zeta > 1")
     if not beta > 0:
         raise ValueError(f"beta={beta} must be positive; 2/3 is the authors' temperature")
     return stretch
@@ -43,7 +43,8 @@ def hard_concrete(
     beta
         Temperature, > 0; default 2/3. Diff Pruning uses 1.
     stretch
-        (l, r) with l < 0 and r > 1; default (-0.1, 1.1). Diff Pruning uses (-1.5, 1.5).
+        (gamma, zeta) with gamma < 0 and zeta > 1; default (-0.1, 1.1). Diff Pruning uses
+        (-1.5, 1.5).
     eps
         Bound on `u`; Diff Pruning's code uses 1e-4.
 
@@ -58,9 +59,9 @@ def hard_concrete(
         If `stretch` or `beta` is outside its range.
     """
     left, right = check_stretch(stretch, beta)
-    # (eq-concrete)  s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
+    # (eq-concrete)  c = sigmoid((log u - log(1 - u) + log_alpha) / beta)
     s = torch.sigmoid((torch.logit(u, eps) + log_alpha) / beta)
-    # (eq-stretch)   s_bar = s (r - l) + l,   z = min(1, max(0, s_bar))
+    # (eq-stretch)   c_bar = c (zeta - gamma) + gamma,   z = min(1, max(0, c_bar))
     return (s * (right - left) + left).clamp(0, 1)
 
 
@@ -70,14 +71,14 @@ def open_probability(log_alpha: Tensor, *, beta: float = BETA, stretch: Stretch 
     Arguments and errors as in `hard_concrete`.
     """
     left, right = check_stretch(stretch, beta)
-    # (eq-open)  P(z != 0) = sigmoid(log_alpha - beta log(-l / r))
+    # (eq-open)  P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta))
     return torch.sigmoid(log_alpha - beta * math.log(-left / right))
 
 
 def deterministic_gate(log_alpha: Tensor, *, stretch: Stretch = BOUNDS) -> Tensor:
     """The gate at test time, without noise and without beta (Louizos et al. 2018, eq. 13)."""
     left, right = check_stretch(stretch)
-    # (eq-deterministic)  z = min(1, max(0, sigmoid(log_alpha)(r - l) + l))
+    # (eq-deterministic)  z = min(1, max(0, sigmoid(log_alpha)(zeta - gamma) + gamma))
     return (torch.sigmoid(log_alpha) * (right - left) + left).clamp(0, 1)
 
 

@@ -211,7 +211,7 @@ def lt_sft(
                             pairs = [(theta[name], theta0[name]) for name in free]
                             phase.penalty = partial(l1_penalty, l1 / total, pairs)
                         yield phase
-                # (eq-lt-sft)  M_w = 1 if |theta_w - theta0_w| is among the k largest, else 0
+                # (eq-lt-sft)  m_i = 1 if |theta_i - theta0_i| is among the k largest, else 0
                 # An excluded embedding with max_norm moves in its forward: leave it out by name.
                 moved = without(movement(model, start, head), exclude)
                 if not any(score.any() for score in moved.values()):

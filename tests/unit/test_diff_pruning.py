@@ -197,7 +197,7 @@ def test_too_few_open_differences_raise(build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stretch": (0.0, 1.1)}, "must have l < 0 and r > 1"),
+        ({"stretch": (0.0, 1.1)}, "must have gamma < 0 and zeta > 1"),
         ({"penalty": "mean"}, "penalty='mean' is unknown"),
         ({"groups": "row"}, "groups='row' is unknown"),
         ({"groups": "head"}, r"needs model\.config\.num_attention_heads"),
@@ -336,7 +336,7 @@ def test_too_strong_a_penalty_raises_and_leaves_theta0(build, batches):
         ({"groups": "head"}, ValueError, r"needs model\.config\.num_attention_heads"),
         ({"groups": lambda model, weights: {}}, ValueError, "groups gave None"),
         ({"penalty": "mean"}, ValueError, "penalty='mean' is unknown"),
-        ({"stretch": (0.0, 1.1)}, ValueError, "must have l < 0 and r > 1"),
+        ({"stretch": (0.0, 1.1)}, ValueError, "must have gamma < 0 and zeta > 1"),
         ({"head": ("clasifier",)}, ValueError, "names no parameter"),
     ],
 )

@@ -92,7 +92,7 @@ def test_with_beta_one_and_a_symmetric_stretch_the_open_probability_is_a_sigmoid
     ],
 )
 def test_a_stretch_that_never_reaches_zero_or_one_raises(call, stretch):
-    with pytest.raises(ValueError, match=r"stretch=\(.*\) must have l < 0 and r > 1"):
+    with pytest.raises(ValueError, match=r"stretch=\(.*\) must have gamma < 0 and zeta > 1"):
         call(stretch)
 
 

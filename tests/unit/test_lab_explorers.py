@@ -127,7 +127,7 @@ def test_density_agrees_with_the_gates(log_alpha, beta, left, right):
 def test_density_explorer_moves_along_four_axes():
     widget = explorers.density_explorer()
     sliders = {w.description: w for w in _inside(widget) if isinstance(w, widgets.IntSlider)}
-    assert list(sliders) == ["log α", "β", "l", "r"]
+    assert list(sliders) == ["log α", "β", "γ", "ζ"]
     assert len(_frames(widget)) == sum(s.max + 1 for s in sliders.values())
     assert all(s.max + 1 <= explorers.MAX_FRAMES for s in sliders.values())
     assert max(map(len, _frames(widget))) <= explorers.FRAME_BYTES

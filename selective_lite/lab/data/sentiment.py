@@ -67,7 +67,7 @@ class TextBatches(Batches):
 
 @dataclass(frozen=True)
 class Task:
-    """A domain with fixed splits; `majority` is the test accuracy of the commoner label."""
+    """A domain with fixed splits; `majority` is the majority class's share of the test split."""
 
     name: str
     train: Split

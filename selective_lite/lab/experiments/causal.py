@@ -105,7 +105,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def measure(model: Any, texts: Tweets) -> results.Row:
-    """Bits and tokens of every test text; bits a token there, on validation and on other texts."""
+    """Bits and tokens of every test text; bits per token there, on validation, on other texts."""
     cost, tokens = bits(model, texts.other)
     return {**tweets.measure(model, texts), "other": float(cost.sum() / tokens.sum())}
 

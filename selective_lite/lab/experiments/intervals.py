@@ -140,7 +140,7 @@ def compared(
     Returns
     -------
     dict
-        ``{pair: difference}``, in accuracy or bits a token; more is better.
+        ``{pair: difference}``, in accuracy or bits per token; more is better.
 
     Raises
     ------

@@ -48,7 +48,7 @@ def show(name: str, names: Mapping[str, str]) -> list[Row]:
     print(table(rows, names))
     print("not in results:", missing(rows, names))
     print(
-        f"{rows[0]['tested']:,} test examples; the commoner answer alone: {rows[0]['majority']:.1%}"
+        f"{rows[0]['tested']:,} test examples; always the majority class: {rows[0]['majority']:.1%}"
     )
     with plots.figure(alt=alt_text(rows, names), height=3.6) as (_, ax):
         draw(ax, rows, names)

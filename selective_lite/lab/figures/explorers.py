@@ -234,7 +234,7 @@ DENSITY_PRESETS = {
     "left": (-1.5, -1.0, -0.5, -0.25, -0.1, -0.01),
     "right": (1.01, 1.1, 1.25, 1.5, 2.0, 2.5),
 }
-SYMBOLS = {"log_alpha": "log α", "beta": "β", "left": "l", "right": "r"}
+SYMBOLS = {"log_alpha": "log α", "beta": "β", "left": "γ", "right": "ζ"}
 
 
 def _density_alt(at: Mapping[str, float]) -> str:
@@ -247,7 +247,7 @@ def _density_alt(at: Mapping[str, float]) -> str:
 
 
 def density_explorer(base: Mapping[str, float] = DENSITY_BASE) -> widgets.VBox:
-    """Show the hard-concrete gate's density and point masses along log alpha, beta, l and r.
+    """Show the hard-concrete gate's density and point masses along log alpha, beta, gamma and zeta.
 
     Parameters
     ----------

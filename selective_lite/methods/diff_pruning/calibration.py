@@ -110,7 +110,7 @@ class Calibration:
 
     def target(self, progress: float) -> float:
         """Target of the marginal log_alpha after the fraction `progress` of the phase."""
-        # (eq-calibration)  target(t) = start + t (threshold + margin - start)
+        # (eq-calibration)  target(phi) = start + phi (threshold + margin - start)
         return self.start + progress * (self.gates.threshold + self.margin - self.start)
 
     def penalty(self) -> Tensor:
@@ -132,7 +132,7 @@ class Calibration:
                 "target": target,
             }
         )
-        # (eq-steering)  error = log_alpha_m + horizon * (last step of log_alpha_m) - target
+        # (eq-steer)  error = log_alpha_k' + horizon * (last step of log_alpha_k') - target
         error = self.log_alpha + self.horizon * (self.log_alpha - before) - target
         error = max(-3.0, min(1.5, error))
         self.errors += error * (step.progress - self.progress)

@@ -36,7 +36,7 @@ __all__ = [
 
 def learning_rate(threshold: float) -> float:
     """The rate for a threshold (authors' code): more weights train more slowly; 4.97e-4 at 2e-3."""
-    # (eq-sara-rate)  lr = 10^-3 exp(-350 t)
+    # (eq-sara-rate)  lr = 10^-3 exp(-350 threshold)
     return 1e-3 * math.exp(-350 * threshold)
 
 
@@ -77,7 +77,7 @@ def smallest(
     scores = magnitude(model, head)
     prefixes = check_prefixes(exclude, scores, "exclude")
     k = resolve_budget(budget, sum(s.numel() for s in scores.values()))
-    # (eq-sara-smallest)  M = 1 where |w| is among the k smallest
+    # (eq-sara-smallest)  M = 1 where |theta| is among the k smallest
     free = {name: s for name, s in scores.items() if not is_under(name, prefixes)}
     found = select(free, k, largest=False)
     return Selection(found.indices, {n: tuple(s.shape) for n, s in scores.items()}, method="SaRA")
@@ -112,7 +112,7 @@ def smaller_than(
     free = {name: p for name, p in candidates.items() if not is_under(name, prefixes)}
     indices = {}
     for name, p in free.items():
-        # (eq-sara-mask)  M = 1[|w| < t]
+        # (eq-sara-mask)  M = 1[|theta| < threshold]
         positions = (p.detach().abs() < threshold).reshape(-1).nonzero().squeeze(1).cpu()
         if len(positions):
             indices[name] = positions

@@ -100,7 +100,7 @@ class SaRASchedule:
         """
         if step.step != self.due:
             return
-        # (eq-sara-progressive)  M' = M * 1[|w| < t], with the weights of now
+        # (eq-sara-progressive)  M' = M * 1[|theta| < threshold], with the weights of now
         keep = {name: values.abs() < self.threshold for name, values in self.values.items()}
         if not any(kept.any() for kept in keep.values()):
             raise ValueError(

@@ -32,7 +32,7 @@ class GatedLowRank(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output y (..., d_out) with the share of its input x (..., d_in) added."""
-        # (eq-sora)  y = W0 x + (alpha/r) B (g * A x)
+        # (eq-sora)  y = W0 x + (a/r) B (q * A x)
         update = self.scaling * functional.linear(
             self.gate * functional.linear(x.to(self.A.dtype), self.A), self.B
         )
@@ -188,7 +188,7 @@ class SoRA:
         if self.closed:
             return
         self.closed = True
-        # (eq-sora-merge)  W = W0 + (alpha/r) B diag(g) A
+        # (eq-sora-merge)  W = W0 + (a/r) B diag(q) A
         merge_adapters(self.model, list(self.updates))
         for p, flag in self._flags:
             if p.requires_grad != flag:

@@ -53,7 +53,7 @@ class Proximal:
         """Shrink every gate, by lr * lambda, or by the fixed xi."""
         groups = step.optimizer.param_groups
         lr = next(g["lr"] for g in groups if any(p is self.gates[0] for p in g["params"]))
-        # (eq-sora-step)  g <- prox_{xi |.|_1}(g - lr * grad),   xi = lr * lambda
+        # (eq-sora-step)  q <- prox_{xi |.|_1}(q - lr * grad),   xi = lr * lambda
         xi = (float(lr) * self.lam if self.xi is None else self.xi) * self.schedule(step.progress)
         for gate in self.gates:
             gate.copy_(soft_threshold(gate, xi))

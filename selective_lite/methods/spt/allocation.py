@@ -184,12 +184,12 @@ def _prices(
     ]
     for name, (_, d_in, d_out) in find_layers(model, dict.fromkeys(linear, rank)).items():
         price = adapter_size(kind, d_in, d_out, rank)
-        # (eq-spt-structured)  a matrix gets a small module if it has at least charge / alpha
+        # (eq-spt-structured)  a matrix gets a small module if it has at least C / kappa_M
         #                      sensitive weights
         prices[name] = math.ceil(price / alpha), price
     for name, score in used.items():
         if score.dim() <= 1:
-            # (eq-spt-whole)  a vector is tuned whole if it has at least length / beta sensitive
+            # (eq-spt-whole)  a vector is tuned whole if it has at least d / kappa_v sensitive
             #                 weights
             prices[name] = math.ceil(score.numel() / beta), score.numel()
     return prices
