@@ -106,7 +106,7 @@ def test_a_page_shows_rows_only_while_their_code_is_todays(monkeypatch, capsys):
     assert drawn == [rows]
     said = capsys.readouterr().out
     assert "not in results: nothing" in said
-    assert "400 test examples; the commoner answer alone: 50.0%" in said
+    assert "400 test examples; always the majority class: 50.0%" in said
     monkeypatch.setattr(studies, "stale", lambda rows: rows[:1])
     with pytest.raises(AssertionError, match="make restamp"):
         comparison.show("toy", {"full": "full"})
