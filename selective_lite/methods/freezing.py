@@ -116,7 +116,7 @@ def layerwise_rates(
     groups: list[Group] = []
     for level in sorted(set(depth.values())):
         members = [p for name, p in candidates.items() if depth[name] == level]
-        # (eq-layerwise)  lr_l = lr * decay^(D - l), of layer l of D
+        # (eq-layerwise)  lr_i = lr * decay^(D + 1 - D_i),  D_i: the layer of weight i
         groups.append(
             {"params": members, "lr": lr * decay ** (deepest - level), "weight_decay": 0.0}
         )

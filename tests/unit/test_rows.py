@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from selective_lite.lab import comparison, results
-from selective_lite.lab.experiments import movies, table
+from selective_lite.lab.experiments import movies, reviews, table
 from selective_lite.lab.experiments.run import RATES
 from selective_lite.lab.experiments.studies import STUDIES, stale
 
@@ -116,3 +116,12 @@ def test_the_installed_package_carries_the_rows():
     # to.
     project = (Path(results.CHECKOUT).parent / "pyproject.toml").read_text()
     assert '"selective_lite.rows" = "results"' in project
+
+
+def test_lt_sft_trains_densely_at_the_rate_that_full_fine_tuning_chose():
+    chosen = [
+        reviews.rate(row)
+        for row in results.read("reviews_rates")
+        if row["config"]["method"] == "full"
+    ]
+    assert chosen == [reviews.LR_DENSE]

@@ -196,7 +196,12 @@ def child_tuning_d(model: Any, task: Task, config: Config, lr: float) -> Phases:
 
 def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Phases:
     """LT-SFT: half of the epochs dense, half masked."""
-    rates = {**_rates(config, lr), "lr_dense": LR_DENSE, "epochs": _halves(config)}
+    return rewound(model, config, lr, LR_DENSE)
+
+
+def rewound(model: Any, config: Config, lr: float, lr_dense: float) -> Phases:
+    """The same with another rate of the dense phase."""
+    rates = {**_rates(config, lr), "lr_dense": lr_dense, "epochs": _halves(config)}
     return lt_sft_phases(model, config["budget"], **rates)
 
 

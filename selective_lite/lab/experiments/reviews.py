@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ...training import Phases
 from ..data.sentiment import DOMAINS, Split, Task, load_task
 from ..models import load_mean_classifier
 from . import movies, recipes, results
@@ -52,6 +53,7 @@ AT_TWO = {
     "spt": BETWEEN,
     "child_tuning_d": CONCENTRATED,
 }
+LR_DENSE = 1e-4
 LORA_BUDGETS = (0.005, 0.02)  # the least, rank 1 in every linear layer, is 0.18 %
 CONTROLS = {"random": None, "full": 1.0, "head": 0.0}
 # Methods of their own size, each with a random control of that size: first guesses of a rate.
@@ -75,9 +77,15 @@ SCALED: dict[Cell, tuple[Cell, float]] = {
 }
 
 
+def lt_sft(model: Any, task: Task, config: Config, lr: float) -> Phases:
+    """LT-SFT, whose dense phase has the rate that the sweep of full fine-tuning chose."""
+    return recipes.rewound(model, config, lr, LR_DENSE)
+
+
 # provenance: apart, each row names its own recipe
 RECIPES: dict[str, Recipe] = {
     **recipes.RECIPES,
+    "lt_sft": lt_sft,
     "head": recipes.head,
     "magnitude": recipes.magnitude,
     "lora_linear": recipes.lora_linear,
