@@ -54,7 +54,7 @@ def test_a_score_is_worth_what_it_gains_over_chance_at_its_budget():
     gains = {cell: round(400 * one.mean) for cell, one in found.items()}
     assert gains == {("fish", 0.0002): 60, ("fish", 0.005): 2}
     said = atlas.worth_sentences(found, NAMES)
-    assert said[0].startswith("FISH 0.02 %: +15.0 points [")
+    assert said[0].startswith("FISH 0.02 %: +15.00 points [")
     assert said[0].endswith("better")
     assert said[1].endswith("not distinguishable")
 

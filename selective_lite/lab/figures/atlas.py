@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..experiments.intervals import LEVEL, Difference, compared
+from ..experiments.intervals import LEVEL, Difference, against
 from ..experiments.results import Row, rows_of
 from ..experiments.run import Cell
 from . import plots
-from .comparison import CONTROLS, label
+from .comparison import CONTROLS, label, points
 
 FLOOR = 0.0  # the budget of what trains nothing
 
@@ -73,21 +73,21 @@ def by_budget(
                 if row["config"]["method"] == method and isinstance(row["config"]["budget"], float)
             }
         )
-        points = [
+        found_at = [
             (b, *mean_and_reach([100 * row[key] for row in rows_of(rows, method, b)]))
             for b in found
         ]
-        if not points:
+        if not found_at:
             continue
-        drawn[method] = points
+        drawn[method] = found_at
         if found[-1] in (FLOOR, 1.0):
-            _, mean, reach = points[-1]
+            _, mean, reach = found_at[-1]
             ax.axhline(mean, color="#333333", linewidth=1, linestyle=looks[method]["linestyle"])
             ax.text(1.01, mean, name, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
             if reach > 0:
                 ax.axhspan(mean - reach, mean + reach, color="#333333", alpha=0.1, linewidth=0)
             continue
-        budget, mean_, reach_ = np.array(points).T
+        budget, mean_, reach_ = np.array(found_at).T
         ax.plot(100 * budget, mean_, label=name, **looks[method])
         color = looks[method]["color"]
         ax.fill_between(
@@ -99,7 +99,7 @@ def by_budget(
 
 def worth(
     rows: Iterable[Row], names: Mapping[str, str], control: str = "random"
-) -> dict[tuple[str, float], Difference]:
+) -> dict[Cell, Difference]:
     """What each method gains over chance at every budget that both have, each at its own rate.
 
     Returns
@@ -107,26 +107,20 @@ def worth(
     dict
         ``{(method, budget): difference}`` in accuracy; p values hold for all of them together.
     """
-    rows = list(rows)
-    cells = dict.fromkeys((row["config"]["method"], row["config"]["budget"]) for row in rows)
-    pairs: dict[tuple[Cell, Cell], Any] = {
-        (cell, (control, cell[1])): cell
-        for cell in cells
-        if cell[0] in names and cell[0] != control and isinstance(cell[1], float)
-        if (control, cell[1]) in cells
-    }
-    return {pairs[pair]: found for pair, found in compared(rows, pairs).items()}
+    some = [
+        row
+        for row in rows
+        if row["config"]["method"] in {*names, control}
+        and isinstance(row["config"]["budget"], float)
+    ]
+    return {cell: found for (_, cell), found in against(some, {control: None}).items()}
 
 
-def worth_sentences(
-    found: Mapping[tuple[str, float], Difference], names: Mapping[str, str]
-) -> list[str]:
+def worth_sentences(found: Mapping[Cell, Difference], names: Mapping[str, str]) -> list[str]:
     """A sentence for each gain over chance, by budget."""
     lines = []
-    for (method, budget), one in sorted(found.items(), key=lambda item: item[0][1]):
-        low, high = one.interval
-        points = f"{100 * one.mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-        lines.append(f"{label(names, method, budget)}: {points} over chance, {one.verdict}")
+    for (method, budget), one in sorted(found.items(), key=lambda item: float(item[0][1])):
+        lines.append(f"{label(names, method, budget)}: {points(one)} over chance, {one.verdict}")
     return lines
 
 

@@ -250,7 +250,7 @@ def show_verdicts(
     rows = list(rows)
     titles = opponents(rows, names, pairs)
     found = {titles[pair]: one for pair, one in compared(rows, titles).items()}
-    lines = [f"{title}: {one.verdict}, {_points(one)}" for title, one in found.items()]
+    lines = [f"{title}: {one.verdict}, {points(one)}" for title, one in found.items()]
     said = "\n".join(lines)
     alt = "Differences of test accuracy in points, with 95 % intervals. " + "; ".join(lines)
     drawn = [
@@ -265,7 +265,8 @@ def show_verdicts(
     return found
 
 
-def _points(one: Difference) -> str:
+def points(one: Difference) -> str:
+    """A difference of accuracies in points, with its interval."""
     low, high = one.interval
     return f"{100 * one.mean:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]"
 
