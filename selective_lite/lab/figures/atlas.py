@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -157,15 +156,3 @@ def leads(
     mine, other = curves[ours], curves[theirs]
     common = {rate: mine[rate] - other[rate] for rate in mine if rate in other}
     return common, max(mine.values()) - max(other.values())
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many weights of each tensor a row's mask took, as pictures of selections want it."""
-
-    shapes: Mapping[str, Sequence[int]]
-    counts: Mapping[str, int]
-
-    def per_tensor(self) -> Mapping[str, int]:
-        """The selected weights of each tensor."""
-        return self.counts
