@@ -62,6 +62,8 @@ results: $(ENVIRONMENT) assets ## run the full experiments, for hours; an interr
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.reviews
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.causal
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.below_chance
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.relaxation
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.masks
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.four_deltas
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.tweets
 	$(BIN)/python -m selective_lite.lab.experiments.table
@@ -78,6 +80,7 @@ benchmarks: $(ENVIRONMENT) assets ## measure speed and size against the targets,
 	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/selecting.py
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/choosing.py
 	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/targets.py
 

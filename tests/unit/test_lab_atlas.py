@@ -74,3 +74,40 @@ def test_a_lead_at_a_common_rate_is_not_the_lead_of_the_best():
     common, best = atlas.leads(curves, "fish", "random")
     assert common == {1e-3: pytest.approx(20), 3e-3: pytest.approx(0)}
     assert best == pytest.approx(1)
+
+
+def test_dots_are_the_cells_with_rows_best_at_the_top_between_two_lines():
+    _, ax = plt.subplots()
+    cells = [("random", 0.005), ("fish", 0.005), ("sara", 0.005), ("random", "bitfit")]
+    drawn = atlas.dots(ax, rows(), NAMES, cells)
+    lines = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+    plt.close("all")
+    assert [name for name, *_ in drawn] == ["FISH 0.5 %", "random 0.5 %", "random (bitfit's size)"]
+    assert drawn[1][1:] == (80.0, 0.0)
+    assert drawn[0][2] > 0
+    assert sorted(lines) == [pytest.approx(100 * 310 / 400), pytest.approx(100 * 330 / 400)]
+
+
+def test_a_place_is_the_mean_of_the_seeds():
+    some = [
+        {"config": {"method": "fish", "budget": 0.1, "seed": seed}, "per_tensor": {"a": count}}
+        for seed, count in enumerate((4, 8))
+    ]
+    found = atlas.placed(some, "fish", 0.1, {"a": (4, 4), "b": (2,)})
+    assert found.per_tensor() == {"a": 6, "b": 0}
+    with pytest.raises(ValueError, match="no rows at budget=0.2"):
+        atlas.placed(some, "fish", 0.2, {"a": (4, 4)})
+
+
+def test_shares_are_of_two_scores_at_one_budget():
+    def row(one, other, shared, budget=0.1):
+        pair = {"ours": {"score": one}, "theirs": {"score": other}}
+        return {"config": {"budget": budget, **pair}, "shared": shared}
+
+    found = [row("a", "b", 0.3), row("a", "a", 0.9), row("b", "c", 0.01), row("a", "c", 0.5, 0.2)]
+    _, ax = plt.subplots()
+    shown = atlas.shares(ax, found, {"a": "A", "c": "C", "b": "B"}, 0.1)
+    texts = {text.get_text() for text in ax.texts}
+    plt.close("all")
+    assert shown == {("a", "b"): 0.3, ("b", "c"): 0.01}
+    assert texts == {"30.0", "1.0"}

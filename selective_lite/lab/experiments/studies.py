@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from . import below_chance, causal, four_deltas, movies, results, reviews, tweets
+from . import below_chance, causal, four_deltas, movies, relaxation, results, reviews, tweets
 from .results import Roots, Row
 from .run import Study
 
@@ -10,7 +10,7 @@ STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         *(reviews.STUDY, reviews.SECOND_STUDY, causal.STUDY, movies.STUDY, movies.ALL_DOMAINS),
-        *(below_chance.STUDY, below_chance.CONTROLS),
+        *(below_chance.STUDY, below_chance.CONTROLS, relaxation.STUDY),
         *(tweets.STUDY, tweets.LARGER, four_deltas.STUDY),
     )
 }

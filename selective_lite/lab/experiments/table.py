@@ -16,7 +16,7 @@ from .studies import STUDIES
 FILE = "rows.csv"
 # What a config names and every row has a column for, then what a row measured.
 NAMED = ("task", "method", "budget", "seed", "lr", "train", "batch", "epochs", "samples")
-LEVELS = ("head", "pooling", "reduction")
+LEVELS = ("head", "pooling", "reduction", "relaxed", "lr_alpha")
 MEASURED = (
     *("trained", "selected", "accuracy", "loss", "majority", "told_apart"),
     *("bits_a_token", "other", "tested", "seconds", "device", "library"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -156,3 +156,113 @@ def leads(
     mine, other = curves[ours], curves[theirs]
     common = {rate: mine[rate] - other[rate] for rate in mine if rate in other}
     return common, max(mine.values()) - max(other.values())
+
+
+def dots(
+    ax: Any, rows: Iterable[Row], names: Mapping[str, str], cells: Iterable[Cell]
+) -> list[tuple[str, float, float]]:
+    """Draw the accuracy of some cells, best at the top, with t intervals over seeds.
+
+    Controls are grey; full fine-tuning and the head alone are lines across all of them.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    rows : rows of one task
+    names : label of each method
+    cells : methods at budgets; what has no rows is left out
+
+    Returns
+    -------
+    list of tuple
+        ``(label, mean, reach)`` in percent, as drawn from the top.
+    """
+    rows = list(rows)
+    found = []
+    for method, budget in cells:
+        if runs := rows_of(rows, method, budget):
+            spread = mean_and_reach([100 * row["accuracy"] for row in runs])
+            found.append((*spread, label(names, method, budget), method))
+    for place, (mean, reach, _, method) in enumerate(sorted(found)):
+        look = {"color": plots.GREY if method in CONTROLS else plots.PALETTE[0], "capsize": 3}
+        ax.errorbar(mean, place, xerr=reach if reach > 0 else None, fmt="o", **look)
+    ax.set_yticks(range(len(found)), [name for *_, name, _ in sorted(found)])
+    for method, budget, side in (("head", FLOOR, "right"), ("full", 1.0, "left")):
+        if runs := rows_of(rows, method, budget):
+            mean = 100 * float(np.mean([row["accuracy"] for row in runs]))
+            ax.axvline(mean, color="#333333", linewidth=1, linestyle="--")
+            ax.text(mean, len(found) - 0.4, names[method], ha=side, va="bottom", fontsize=8.5)
+    ax.set(xlabel="test accuracy in %", ylim=(-0.6, len(found) - 0.4))
+    ax.grid(axis="y", visible=False)
+    return [(name, mean, reach) for mean, reach, name, _ in sorted(found, reverse=True)]
+
+
+class Placed(NamedTuple):
+    """Where a method's weights lie, by its rows: as much of a selection as `plots` draws."""
+
+    shapes: Mapping[str, Sequence[int]]
+    counts: Mapping[str, float]
+
+    def per_tensor(self) -> Mapping[str, float]:
+        """How many weights are selected in every tensor, the mean of the seeds."""
+        return self.counts
+
+
+def placed(
+    rows: Iterable[Row], method: str, budget: float, shapes: Mapping[str, Sequence[int]]
+) -> Placed:
+    """Where the weights of a method at a budget lie, the mean of the seeds.
+
+    Raises
+    ------
+    ValueError
+        If it has no rows.
+    """
+    runs = rows_of(rows, method, budget)
+    if not runs:
+        raise ValueError(f"method={method!r} has no rows at budget={budget}")
+    counts = {
+        name: float(np.mean([run["per_tensor"].get(name, 0) for run in runs])) for name in shapes
+    }
+    return Placed(shapes, counts)
+
+
+def shares(
+    ax: Any, rows: Iterable[Row], names: Mapping[str, str], budget: float
+) -> dict[tuple[str, str], float]:
+    """Draw what the masks of every two scores share, in percent of k, as a table with colours.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    rows : rows of `experiments.masks`
+    names : label of each score
+    budget : which of their budgets
+
+    Returns
+    -------
+    dict
+        ``{(one, other): share}``, each pair once.
+    """
+    found = {}
+    for row in rows:
+        ours, theirs = row["config"]["ours"], row["config"]["theirs"]
+        if row["config"]["budget"] == budget and ours["score"] != theirs["score"]:
+            found[ours["score"], theirs["score"]] = row["shared"]
+    table = np.full((len(names), len(names)), np.nan)
+    for (one, other), shared in found.items():
+        i, j = sorted((list(names).index(one), list(names).index(other)))
+        table[j, i] = 100 * shared
+    ax.imshow(np.sqrt(table), cmap="Blues", vmin=0, vmax=10, aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            color = "white" if value > 40 else "black"
+            ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8.5, color=color)
+    ax.set_xticks(range(len(names) - 1), list(names.values())[:-1], rotation=30, ha="right")
+    ax.set_yticks(range(1, len(names)), list(names.values())[1:])
+    ax.set_ylim(len(names) - 0.5, 0.5)
+    ax.set_xlim(-0.5, len(names) - 1.5)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    return found

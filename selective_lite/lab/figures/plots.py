@@ -68,7 +68,7 @@ class Selected(Protocol):
     def shapes(self) -> Mapping[str, Sequence[int]]:
         """Shape of every tensor that was scored, selected from or not."""
 
-    def per_tensor(self) -> Mapping[str, int]:
+    def per_tensor(self) -> Mapping[str, float]:
         """Count the selected weights of each tensor."""
 
 

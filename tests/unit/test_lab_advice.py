@@ -1,0 +1,55 @@
+"""Where to start: the cheapest of the methods that the test split cannot tell from the best."""
+
+import pytest
+import torch
+
+from selective_lite.lab import results
+from selective_lite.lab.figures import advice
+
+NAMES = {"random": "random", "fish": "FISH", "lt_sft": "LT-SFT", "sara": "SaRA"}
+RIGHT = {("head", 0.0): 280, ("full", 1.0): 340}
+RIGHT |= {("random", 0.0002): 290, ("fish", 0.0002): 320, ("lt_sft", 0.0002): 322}
+RIGHT |= {("random", 0.005): 339, ("fish", 0.005): 338, ("lt_sft", 0.005): 340}
+
+
+def rows(seeds=5):
+    return [
+        {
+            "config": {"method": method, "budget": budget, "seed": seed},
+            "correct": results.pack(torch.arange(400) < right + spread * (seed - 2)),
+            "tested": 400,
+        }
+        for (method, budget), right in RIGHT.items()
+        for spread in (2 if method == "fish" else -2 if 0 < budget < 1 else 0,)
+        for seed in range(1 if method == "head" else seeds)
+    ]
+
+
+def sweeps():
+    """Validation puts LT-SFT first, and has one rate that failed."""
+    return [
+        {"config": {"method": method, "budget": budget}, "validation": [0.1, right / 400, None]}
+        for (method, budget), right in RIGHT.items()
+    ]
+
+
+def test_the_cheapest_of_those_on_a_level_comes_first():
+    small, large = advice.advice(rows(), sweeps())
+    assert (small.budget, small.chosen, small.start) == (0.0002, "lt_sft", "fish")
+    assert small.level == ["fish", "lt_sft"]
+    assert (large.chosen, large.start) == ("lt_sft", "random")
+    assert small.over_head.mean == pytest.approx(0.1)
+    assert small.under_full.verdict == "worse"
+    assert large.under_full.verdict == "not distinguishable"
+
+
+def test_a_sentence_names_its_rows():
+    first, second = advice.sentences(advice.advice(rows(), sweeps()), NAMES, "reviews")
+    assert first.startswith("0.02 %: start with FISH (not distinguishable: LT-SFT)")
+    assert "+10.00 points" in first
+    assert first.endswith("Rows: reviews, FISH 0.02 %, LT-SFT 0.02 %")
+    assert second.startswith("0.5 %: start with random (not distinguishable: FISH, LT-SFT)")
+
+
+def test_methods_with_too_few_seeds_are_not_advised():
+    assert advice.advice(rows(seeds=2), sweeps()) == []
