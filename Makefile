@@ -60,6 +60,7 @@ lab: $(ENVIRONMENT) assets ## open the chapters in JupyterLab
 results: $(ENVIRONMENT) assets ## run the full experiments, for hours; an interrupted run goes on where it stopped
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.movies
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.reviews
+	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.common_rate
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.causal
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.below_chance
 	$(KEEP_MEMORY) $(BIN)/python -m selective_lite.lab.experiments.relaxation

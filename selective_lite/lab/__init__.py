@@ -5,12 +5,14 @@ from .data.sentiment import evaluate, load_task
 from .device import device, seed_everything
 from .equations import check
 from .experiments import results
-from .figures import comparison, explorers, memory, plots
+from .figures import advice, atlas, comparison, explorers, memory, papers, plots
 from .history import History, track
 from .models import load_classifier, load_language_model
 
 __all__ = [
     "History",
+    "advice",
+    "atlas",
     "check",
     "comparison",
     "device",
@@ -21,6 +23,7 @@ __all__ = [
     "load_language_model",
     "load_task",
     "memory",
+    "papers",
     "plots",
     "results",
     "seed_everything",

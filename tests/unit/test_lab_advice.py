@@ -43,12 +43,13 @@ def test_the_cheapest_of_those_on_a_level_comes_first():
     assert large.under_full.verdict == "not distinguishable"
 
 
-def test_a_sentence_names_its_rows():
-    first, second = advice.sentences(advice.advice(rows(), sweeps()), NAMES, "reviews")
-    assert first.startswith("0.02 %: start with FISH (not distinguishable: LT-SFT)")
-    assert "+10.00 points" in first
-    assert first.endswith("Rows: reviews, FISH 0.02 %, LT-SFT 0.02 %")
-    assert second.startswith("0.5 %: start with random (not distinguishable: FISH, LT-SFT)")
+def test_the_lines_name_their_rows():
+    said = advice.lines(advice.advice(rows(), sweeps()), NAMES, "reviews.json")
+    assert said[0] == "0.02 %: start with FISH"
+    assert said[1] == "    best on validation LT-SFT; not distinguishable: FISH"
+    assert "+10.00 points" in said[2]
+    assert said[4] == "    rows: reviews.json, budget 0.0002, 5 seeds; head; full"
+    assert said[5] == "0.5 %: start with random"
 
 
 def test_methods_with_too_few_seeds_are_not_advised():

@@ -97,7 +97,7 @@ def pairs() -> list[dict[str, Any]]:
     moving: Config = {**FIRST, "score": "moved"}
     for one in (FIRST, moving):
         both += [(one, {**one, "task": task}) for task in DOMAINS if task != FIRST["task"]]
-    both += [(FIRST, {**FIRST, "samples": samples}) for samples in FEWER]
+    both += combinations([*({**FIRST, "samples": samples} for samples in FEWER), FIRST], 2)
     few = {**FIRST, "samples": FEWER[-1]}
     both += [(few, {**few, "seed": 1}), (moving, {**moving, "seed": 1})]
     return [

@@ -1,4 +1,4 @@
-"""Advice: which method to start with at a budget, in sentences that name their rows."""
+"""Advice: which method to start with at a budget, in lines that name their rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..experiments.intervals import LEAST, Difference, compared
 from ..experiments.results import Row, rows_of
 from ..experiments.run import Cell
-from .comparison import label, points
+from .comparison import points
 
 HEAD: Cell = ("head", 0.0)
 FULL: Cell = ("full", 1.0)
@@ -100,16 +100,17 @@ def advice(rows: Iterable[Row], sweeps: Iterable[Row]) -> list[Advice]:
     return advised
 
 
-def sentences(found: Iterable[Advice], names: Mapping[str, str], file: str) -> list[str]:
-    """A sentence for each budget, which ends with the rows that it follows from."""
-    lines = []
+def lines(found: Iterable[Advice], names: Mapping[str, str], file: str) -> list[str]:
+    """Where to start at each budget, in lines of which the last names the rows they follow from."""
+    said = []
     for one in found:
-        others = [names[method] for method in one.level[1:]]
-        also = f" (not distinguishable: {', '.join(others)})" if others else ""
-        lines.append(
-            f"{100 * one.budget:g} %: start with {names[one.start]}{also}; over the head alone "
-            f"{points(one.over_head)}, against full {points(one.under_full)}, "
-            f"{one.under_full.verdict}. Rows: {file}, "
-            f"{', '.join(label(names, method, one.budget) for method in one.level)}"
-        )
-    return lines
+        level = ", ".join(names[method] for method in one.level if method != one.chosen)
+        seeds = min(one.over_head.seeds, one.under_full.seeds)
+        said += [
+            f"{100 * one.budget:g} %: start with {names[one.start]}",
+            f"    best on validation {names[one.chosen]}; not distinguishable: {level or 'none'}",
+            f"    over the head alone {points(one.over_head)}, {one.over_head.verdict}",
+            f"    against full {points(one.under_full)}, {one.under_full.verdict}",
+            f"    rows: {file}, budget {one.budget:g}, {seeds} seeds; head; full",
+        ]
+    return said

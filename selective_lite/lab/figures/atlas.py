@@ -128,20 +128,22 @@ def by_rate(
 ) -> dict[str, dict[float, float]]:
     """Draw validation accuracy against the learning rate, at one budget; rates that failed are not.
 
+    Several sweeps of a method are one curve.
+
     Returns
     -------
     dict
         ``{method: {rate: accuracy in percent}}``.
     """
-    looks, drawn = look(names), {}
+    looks = look(names)
+    tried: dict[str, dict[float, float]] = {}
     for row in sweeps:
         method = row["config"]["method"]
         if method in names and row["config"]["budget"] == budget:
-            drawn[method] = {
-                rate: 100 * value
-                for rate, value in zip(row["rates"], row["validation"], strict=True)
-                if value is not None
-            }
+            for rate, value in zip(row["rates"], row["validation"], strict=True):
+                if value is not None:
+                    tried.setdefault(method, {})[rate] = 100 * value
+    drawn = {method: dict(sorted(curve.items())) for method, curve in tried.items()}
     for method in names:
         if method in drawn:
             ax.plot(*zip(*drawn[method].items(), strict=True), label=names[method], **looks[method])
