@@ -1,7 +1,6 @@
 """The atlas: what is drawn and said follows from the rows."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 
@@ -26,12 +25,6 @@ def rows():
         # FISH's seeds differ, by -9, -3, 3 and 9
         for right in (mean + (6 * seed - 9 if method == "fish" else 0),)
     ]
-
-
-def test_a_band_is_the_t_interval_of_the_seeds():
-    mean, reach = atlas.mean_and_reach([1.0, 2.0, 3.0])
-    assert (mean, reach) == (2.0, pytest.approx(4.302653 / 3**0.5))
-    assert np.isnan(atlas.mean_and_reach([1.0])[1])
 
 
 def test_budgets_are_drawn_in_order_and_what_has_one_is_a_line():

@@ -30,9 +30,15 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_a_summary_has_the_mean_and_the_range_over_seeds():
-    found = [tuple(summary)[2:] for summary in comparison.summaries(ROWS, "ours")]
-    np.testing.assert_allclose(found, [(2, 100, 89.5, 89, 90), (1, 10, 85, 85, 85)])
+def test_a_summary_has_the_mean_its_interval_and_what_is_left_elsewhere():
+    rows = [{**r, "told_apart": 0.5 + r["config"]["seed"] / 10} for r in ROWS[2:4]] + ROWS[4:5]
+    first, second = comparison.summaries(rows, "ours")
+    assert first[2:5] == (2, 100, 89.5)
+    assert first.reach == pytest.approx(12.7062 * 0.5, rel=1e-4)  # t with one degree of freedom
+    assert first.elsewhere == pytest.approx(55)
+    assert second[2:5] == (1, 10, 85)
+    assert np.isnan(second.reach)
+    assert second.elsewhere is None
 
 
 def test_verdicts_follow_the_paired_interval():
@@ -58,10 +64,13 @@ def test_a_rule_is_compared_with_every_budget_and_what_has_no_rows_is_named():
     assert comparison.missing(ROWS, {"ours": "Ours"}) == "nothing"
 
 
-def test_the_table_has_a_line_a_method_and_budget_and_marks_single_seeds():
-    lines = comparison.table(ROWS, NAMES).splitlines()[1:]
+def test_the_table_has_a_line_for_each_method_and_budget_and_an_interval_with_two_seeds():
+    lines = comparison.table(ROWS, NAMES).splitlines()[1:-1]
     assert [line.split()[0] for line in lines] == ["full", "random", "Ours", "Ours", "Rule"]
-    assert ["one seed" in line for line in lines] == [False, False, False, True, True]
+    assert ["\u00b1" in line for line in lines] == [True, True, True, False, False]
+    assert "told apart" not in comparison.table(ROWS, NAMES)
+    more = [{**ROWS[2], "told_apart": 0.875}]
+    assert comparison.table(more, NAMES).splitlines()[1].endswith("87.5")
 
 
 def test_a_table_of_rows_of_the_first_edition_says_so_once_and_first():
@@ -76,11 +85,17 @@ def test_every_method_with_rows_is_drawn_and_described():
     _, ax = plt.subplots()
     comparison.draw(ax, ROWS, NAMES)
     assert ax.get_legend_handles_labels()[1] == ["full", "random", "Ours", "Rule"]
-    drawn = {tuple(np.round(line.get_xdata())) for line in ax.lines if line.get_marker() in "osD^"}
-    hollow = {tuple(line.get_xdata()) for line in ax.lines if line.get_fillstyle() == "none"}
+    drawn = {
+        tuple(map(float, line.get_xdata())) for line in ax.lines if line.get_marker() in "osD^"
+    }
+    lines = {line.get_label(): line.get_linestyle() for line in ax.lines}
+    hollow = {
+        tuple(map(float, line.get_xdata())) for line in ax.lines if line.get_fillstyle() == "none"
+    }
     plt.close("all")
     assert hollow == {(33.0,)}  # one seed
-    assert {(100.0, 10.0), (100.0,), (33.0,)} <= drawn
+    assert {(10.0, 100.0), (100.0,), (33.0,)} <= drawn
+    assert lines["full"] == "--"
     text = comparison.alt_text(ROWS, NAMES)
     assert "Ours 85.0 % with 10; Ours 89.5 % with 100" in text
     with pytest.raises(ValueError, match="absent"):

@@ -10,6 +10,7 @@ from selective_lite.lab.experiments.intervals import (
     against,
     difference,
     holm,
+    mean_and_reach,
     sentences,
 )
 
@@ -158,3 +159,9 @@ def test_bits_are_costs_for_each_token_and_few_seeds_have_no_sentence():
     found = against(rows, {"random": None})["random", ("fish", 0.005)]
     assert found.mean == 0.5
     assert sentences(rows, {"random": None}) == ""
+
+
+def test_a_band_is_the_t_interval_of_the_seeds():
+    mean, reach = mean_and_reach([1.0, 2.0, 3.0])
+    assert (mean, reach) == (2.0, pytest.approx(4.302653 / 3**0.5))
+    assert np.isnan(mean_and_reach([1.0])[1])

@@ -8,6 +8,7 @@ twenty has a false one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,6 +184,15 @@ def against(
             if cell != other and other in cells:
                 pairs[cell, other] = (control, cell)
     return {pairs[pair]: found for pair, found in compared(rows, pairs).items()}
+
+
+def mean_and_reach(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of some seeds' numbers, and half of its 95 % t interval; NaN for one seed."""
+    found = np.asarray(values, float)
+    if len(found) < 2:
+        return float(found.mean()), math.nan
+    reach = stats.t.ppf(0.5 + LEVEL / 2, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    return float(found.mean()), float(reach)
 
 
 def _runs(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from ..experiments.intervals import LEVEL, Difference, against
+from ..experiments.intervals import Difference, against, mean_and_reach
 from ..experiments.results import Row, rows_of
 from ..experiments.run import Cell
 from . import plots
@@ -32,15 +30,6 @@ def look(names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         }
         for method in names
     }
-
-
-def mean_and_reach(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of some seeds' numbers, and half of its 95 % t interval; NaN for one seed."""
-    found = np.asarray(values, float)
-    if len(found) < 2:
-        return float(found.mean()), math.nan
-    reach = stats.t.ppf(0.5 + LEVEL / 2, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
-    return float(found.mean()), float(reach)
 
 
 def by_budget(

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..experiments.intervals import Difference, compared
+from ..experiments.intervals import Difference, compared, mean_and_reach
 from ..experiments.results import FIRST, Row, compare, read, rows_of
 from ..experiments.run import Cell
 from . import plots
 
 CONTROLS = ("random", "shuffled", "fish_shuffled")
+LINES = {"full": "--", "head": ":"}  # what has one size and is drawn across, with its dashes
 
 
 def budgets(rows: Iterable[Row], method: str) -> list[float | str]:
@@ -75,21 +76,25 @@ class Summary(NamedTuple):
     seeds: int
     trained: float
     mean: float
-    lowest: float
-    highest: float
+    reach: float
+    elsewhere: float | None
 
 
 def summaries(rows: Iterable[Row], method: str) -> list[Summary]:
-    """A method at each of its budgets, largest first."""
+    """A method at each of its budgets, largest first.
+
+    ``reach`` is half of the 95 % t interval, NaN for one seed; ``elsewhere`` is how many texts of
+    other domains are still told apart, if the rows say so.
+    """
     rows, found = list(rows), []
     for budget in budgets(rows, method):
         runs = rows_of(rows, method, budget)
-        accuracy = 100 * np.array([row["accuracy"] for row in runs])
-        trained = float(np.mean([row["trained"] for row in runs]))
-        spread = accuracy.mean(), accuracy.min(), accuracy.max()
-        found.append(
-            Summary(budget, runs[0]["config"]["lr"], len(runs), trained, *map(float, spread))
-        )
+        spread = mean_and_reach([100 * row["accuracy"] for row in runs])
+        trained = float(np.mean([row.get("trained", 0) for row in runs]))
+        kept = [100 * row["told_apart"] for row in runs if "told_apart" in row]
+        elsewhere = float(np.mean(kept)) if kept else None
+        rate = runs[0]["config"]["lr"]
+        found.append(Summary(budget, rate, len(runs), trained, *spread, elsewhere))
     return found
 
 
@@ -101,26 +106,33 @@ def edition(rows: Iterable[Row]) -> str:
 
 
 def table(rows: Iterable[Row], names: Mapping[str, str]) -> str:
-    """A line for each method and budget: rate, trained weights, seeds, test accuracy.
+    """A line for each method and budget: rate, trained weights, test accuracy with its t interval.
 
-    Above them, once, what `edition` says.
+    Rows that say what a model forgets have a last column: the share of texts of other domains that
+    are still told apart. Above all, once, what `edition` says.
     """
     rows = list(rows)
-    heading = "test accuracy: mean [lowest, highest seed]"
+    forgets = any("told_apart" in row for row in rows)
     lines = [edition(rows)] if edition(rows) else []
-    lines.append(f"{'':<22}{'budget':>8}{'rate':>8}{'trained':>12}   {heading}")
+    last = "  domains told apart" if forgets else ""
+    lines.append(f"{'':<24}{'budget':>9}{'rate':>9}{'trained':>12}   test accuracy, %{last}")
     for method, name in names.items():
-        for budget, rate, seeds, trained, mean, lowest, highest in summaries(rows, method):
-            size = budget if isinstance(budget, str) else f"{budget:.2%}"
-            spread = f" [{lowest:.2f}, {highest:.2f}]" if seeds > 1 else "  one seed"
-            lines.append(f"{name:<22}{size:>8}{rate:>8g}{trained:>12,.0f}   {mean:.2f}{spread}")
+        for one in summaries(rows, method):
+            size = one.budget if isinstance(one.budget, str) else f"{100 * one.budget:g} %"
+            spread = (
+                f"{one.mean:.2f} \u00b1 {one.reach:.2f}" if one.seeds > 1 else f"{one.mean:.2f}"
+            )
+            end = f"{spread:<17}" + (f"{one.elsewhere:>19.1f}" if one.elsewhere else "")
+            line = f"{name:<24}{size:>9}{one.rate:>9g}{one.trained:>12,.0f}   {end}"
+            lines.append(line.rstrip())
+    lines.append("\u00b1: 95 % t interval over seeds; without it, one seed")
     return "\n".join(lines)
 
 
 def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
     """Draw test accuracy against the number of trained weights.
 
-    Full fine-tuning is a line across the picture; controls are grey.
+    Full fine-tuning and the head alone are lines across the picture; controls are grey.
 
     Parameters
     ----------
@@ -139,23 +151,24 @@ def draw(ax: Any, rows: Iterable[Row], names: Mapping[str, str]) -> None:
     colors = iter(plots.PALETTE)
     markers = iter("osD^v<>P*X")
     for method, name in names.items():
-        found = summaries(rows, method)
+        found = sorted(summaries(rows, method), key=lambda one: one.trained)
         if not found:
             continue
-        size, mean, low, high = np.array(
-            [(s.trained, s.mean, s.lowest, s.highest) for s in found]
-        ).T
-        if method == "full":
-            ax.axhspan(low[0], high[0], color=plots.GREY, alpha=0.2, linewidth=0)
-            ax.axhline(mean[0], color=plots.GREY, linestyle="--", linewidth=1.2, label=name)
+        if method in LINES:
+            low, high = found[0].mean - found[0].reach, found[0].mean + found[0].reach
+            if found[0].seeds > 1:
+                ax.axhspan(low, high, color=plots.GREY, alpha=0.2, linewidth=0)
+            look = {"color": plots.GREY, "linestyle": LINES[method], "linewidth": 1.2}
+            ax.axhline(found[0].mean, label=name, **look)
             continue
         color, style = (plots.GREY, ":") if method in CONTROLS else (next(colors), "-")
-        spread = np.stack([mean - low, high - mean])
-        fill = "full" if found[0].seeds > 1 else "none"
+        size, mean = ([getattr(one, key) for one in found] for key in ("trained", "mean"))
+        fill = "full" if max(one.seeds for one in found) > 1 else "none"
         if fill == "none":
             ax.set_title("hollow: one seed", loc="right", fontsize=8.5)
+        reach = [0.0 if one.seeds == 1 else one.reach for one in found]
         look = {"color": color, "linestyle": style, "marker": next(markers), "fillstyle": fill}
-        ax.errorbar(size, mean, spread, capsize=3, label=name, **look)
+        ax.errorbar(size, mean, reach, capsize=3, label=name, **look)
     ax.set(xscale="log", xlabel="trained weights beside the head", ylabel="test accuracy in %")
     ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
@@ -168,11 +181,7 @@ def alt_text(rows: Iterable[Row], names: Mapping[str, str]) -> str:
         for method, name in names.items()
         for found in reversed(summaries(rows, method))
     ]
-    return (
-        "Test accuracy against trained weights, mean and range over seeds: "
-        + "; ".join(parts)
-        + "."
-    )
+    return "Test accuracy against trained weights, mean over seeds: " + "; ".join(parts) + "."
 
 
 def missing(rows: Iterable[Row], names: Mapping[str, str]) -> str:
