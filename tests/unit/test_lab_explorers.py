@@ -167,8 +167,15 @@ def test_budget_explorer_takes_scores_or_selections():
         "budget = 50 %",
     ]
     assert "100 %, is selected of query in layer 1" in frames[1]
-    same = _frames(explorers.budget_explorer([("5 %", select(scores, 0.05))]))
-    assert same == frames[:1]
+    made = [("5 %", select(scores, 0.05))]
+    assert _frames(explorers.budget_explorer(made)) == frames[:1]
+    two = explorers.budget_explorer({"FISH": made * 3, "random": made}, start=0)
+    assert [w.options for w in _inside(two) if isinstance(w, widgets.Dropdown)] == [
+        ("FISH", "random")
+    ]
+    assert "tensor, random at budget 5 %" in _frames(two)[-1]
+    later = explorers.budget_explorer(scores, budgets=(0.05, 64, 0.5), start=2)
+    assert [w.value for w in _inside(later) if isinstance(w, widgets.IntSlider)] == [2]
 
 
 def test_leak_explorer_counts_only_unselected_weights():
@@ -181,6 +188,7 @@ def test_leak_explorer_counts_only_unselected_weights():
     widget = explorers.leak_explorer(
         {"naive": naive, "compact": compact}, selected, steps=[0, 10, 20]
     )
+    assert [w.value for w in _inside(widget) if isinstance(w, widgets.IntSlider)] == [2]  # the end
     texts = [re.search('alt="([^"]+)"', f)[1] for f in _frames(widget)]
     assert texts[0].endswith("after 0 steps: naive, no change; compact, no change.")
     assert texts[1].endswith("after 10 steps: naive, largest change 2.5e-01; compact, no change.")

@@ -286,47 +286,63 @@ def density_explorer(base: Mapping[str, float] = DENSITY_BASE) -> widgets.VBox:
 BUDGETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
+Placed: TypeAlias = Sequence[tuple[str, plots.Selected]]
+
+
 def budget_explorer(
-    scores: Mapping[str, torch.Tensor] | Sequence[tuple[str, plots.Selected]],
+    scores: Mapping[str, torch.Tensor] | Placed | Mapping[str, Placed],
     budgets: Sequence[float] = BUDGETS,
     title: str = "Where the selected weights lie",
+    start: int = 0,
 ) -> widgets.VBox:
     """Where the selected weights lie, layer by kind of tensor, as the budget moves.
 
     Parameters
     ----------
-    scores : dict of str to tensor, or list of (label, Selection)
+    scores : dict of str to tensor, list of (label, Selection), or dict of str to such a list
         Scores, from which the largest are selected at every budget; or selections that are already
-        made.
+        made, all on one axis or with an axis for each name.
     budgets : sequence of float or int
         Fractions or counts, used with scores only.
     title : str
+    start : int
+        Number of the budget shown first.
 
     Returns
     -------
     ipywidgets.VBox
     """
-    if isinstance(scores, Mapping):
-        chosen: list[tuple[str, plots.Selected]] = [
-            (f"{100 * b:g} %" if isinstance(b, float) else f"{b:,} weights", select(scores, b))
-            for b in budgets
-        ]
+    if not isinstance(scores, Mapping):
+        made: dict[str, Placed] = {"budget": scores}
+    elif all(isinstance(score, torch.Tensor) for score in scores.values()):
+        tensors: Mapping[str, Any] = scores
+        labels = [f"{100 * b:g} %" if isinstance(b, float) else f"{b:,} weights" for b in budgets]
+        chosen = [select(tensors, budget) for budget in budgets]
+        made = {"budget": list(zip(labels, chosen, strict=True))}
     else:
-        chosen = list(scores)
-    presets, texts = [], []
-    for label, selection in chosen:
-        rows, columns, fractions = plots.share_by_layer(selection)
-        fig = _canvas(1.15 + 0.27 * len(rows), left=0.13, right=0.99, bottom=0.22, top=0.92)
-        with plots.style():
-            plots.draw_share(fig.subplots(), selection)
-        presets.append((label, fig))
-        top = np.unravel_index(np.nanargmax(fractions), fractions.shape)
-        texts.append(
-            f"Heat map of layers by kinds of tensor at budget {label}: the largest share, "
-            f"{plots.percent(fractions[top])} %, is selected of {columns[top[1]]} "
-            f"in layer {rows[top[0]]}."
-        )
-    return explorer(title, {"budget": presets}, {"budget": texts})
+        lists: Mapping[str, Any] = scores
+        made = dict(lists)
+    axes, texts = {}, {}
+    for axis, selections in made.items():
+        frames = [_place(axis if len(made) > 1 else "", *one) for one in selections]
+        axes[axis] = [(label, fig) for label, fig, _ in frames]
+        texts[axis] = [text for *_, text in frames]
+    return explorer(title, axes, texts, dict.fromkeys(axes, start))
+
+
+def _place(axis: str, label: str, selection: plots.Selected) -> tuple[str, Figure, str]:
+    """A preset: its label, its picture, and what that shows."""
+    rows, columns, fractions = plots.share_by_layer(selection)
+    fig = _canvas(1.15 + 0.27 * len(rows), left=0.13, right=0.99, bottom=0.22, top=0.92)
+    with plots.style():
+        plots.draw_share(fig.subplots(), selection)
+    top = np.unravel_index(np.nanargmax(fractions), fractions.shape)
+    text = (
+        f"Heat map of layers by kinds of tensor{axis and f', {axis}'} at budget {label}: the "
+        f"largest share, {plots.percent(fractions[top])} %, is selected of {columns[top[1]]} "
+        f"in layer {rows[top[0]]}."
+    )
+    return label, fig, text
 
 
 def _leak_figure(drifts: Mapping[str, np.ndarray], selected: np.ndarray, norm: Any) -> Figure:
@@ -367,6 +383,8 @@ def leak_explorer(
     title: str = "Weights that nobody chose",
 ) -> widgets.VBox:
     """How far the unselected weights drift, step by step, under variants of masked training.
+
+    It opens at the last step.
 
     Parameters
     ----------
@@ -434,4 +452,4 @@ def leak_explorer(
             + "."
             for t in moments
         ]
-    return explorer(title, axes, texts)
+    return explorer(title, axes, texts, {axis: len(frames) - 1 for axis, frames in axes.items()})
