@@ -1,0 +1,1 @@
+"""Neighbours: methods beside selection that no kept library has, small, for chapters 12 and 13."""
