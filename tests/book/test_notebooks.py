@@ -134,6 +134,59 @@ def test_a_typed_result_is_found(text, found):
     assert list(typed_results(notebook)) == found
 
 
+# A verdict on a method in prose would stand when the rows say otherwise: cells print verdicts.
+SUBJECT = re.compile(
+    r"\b(random|chance|FISH|LT-SFT|Diff Pruning|BitFit|SaRA|SoRA|SPT\S*|LoRA|Child-Tuning\S*|full"
+    r"|head|shuffled|masks?|lasso|gates?|methods?|scores?|selections?|choice)\b"
+)
+VERDICT = re.compile(
+    r"\b(beat(s|en)?|outperforms?|wins?|won|leads?|saves? more|(better|worse) than|no better"
+    r"|as well as|(is|are|was|were|does|do|did) (clearly |no |even )?(better|worse|best|ahead"
+    r"|behind|as good|as well)|tells? the|cannot be told|not distinguishable|ends? close"
+    r"|comes? close|match(es)?|loses? to|falls? short)\b"
+)
+OPEN = re.compile(
+    r"(?i)\b(if|whether|has to|have to|would|may|might|could|should|unless|suppose|does a|do a"
+    r"|which of)\b|\?"
+)
+ASIDE = re.compile(r"^:{3,}\{(admonition\} Paper and code|exercise|solution)", re.MULTILINE)
+
+
+def typed_verdicts(notebook):
+    """Sentences of prose that judge a method, and neither ask nor quote a paper."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and not ASIDE.search(cell.source):
+            for paragraph in without_code_and_math(cell.source).split("\n\n"):
+                for sentence in re.split(r"(?<=[.!?;:])\s+", paragraph.replace("*", "")):
+                    judged = VERDICT.search(sentence) and SUBJECT.search(sentence)
+                    if judged and not OPEN.search(sentence) and not SAID.search(paragraph):
+                        yield " ".join(sentence.split())
+
+
+def test_no_verdict_is_typed_into_prose(source):
+    assert list(typed_verdicts(source)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("With few weights FISH beats chance.", True),
+        ("The gates do better than random masks, and are small.", True),
+        ("A random half percent ends close to full fine-tuning.", True),
+        ("These masks cannot be told from the lasso.", True),
+        ("On reviews FISH did *worse* than chance.", True),
+        ("Whether FISH beats chance is what the cell prints.", False),
+        ("A cleverer choice has to beat chance.", False),
+        ("The authors report that FISH matches full fine-tuning.", False),
+        (":::{admonition} Paper and code\nFISH beats chance.\n:::", False),
+        ("It is better to say so early.", False),
+    ],
+)
+def test_a_typed_verdict_is_found(text, found):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    assert bool(list(typed_verdicts(notebook))) == found
+
+
 def test_the_table_of_contents_lists_every_chapter():
     listed = re.findall(r"file: (chapters/\S+)", (BOOK / "_toc.yml").read_text())
     assert listed == [f"chapters/{page.stem}" for page in PAGES]

@@ -1,4 +1,4 @@
-"""Two methods at one rate: each is run at the other's best, unless its sweep has tried that."""
+"""Two methods at one rate: each is run from its best rate to the other's, where it was not yet."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def sweep(method, budget, rates, validation):
     }
 
 
-def test_each_method_is_run_at_the_best_rate_of_the_other(monkeypatch):
+def test_each_method_is_run_up_to_the_best_rate_of_the_other(monkeypatch):
     sweeps = [
         sweep("fish", 0.005, [3e-4, 1e-3, 3e-3], [0.7, 0.8, 0.7]),
         sweep("random", 0.005, [3e-3, 1e-2, 3e-2], [0.7, 0.8, 0.7]),

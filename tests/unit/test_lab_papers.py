@@ -26,6 +26,7 @@ def found(mean, error, p):
         (BETTER, found(0.0, 0.5, 0.9), "no"),  # up to 0.98: their 1.2 is excluded
         (BETTER, found(0.5, 0.5, 0.3), "cannot tell"),
         (BETTER, None, "cannot tell"),
+        (BETTER, replace(found(2.0, 0.5, 0.001), seeds=2), "cannot tell"),
         (replace(BETTER, gain=None), found(-0.5, 0.5, 0.3), "cannot tell"),
         (replace(BETTER, gain=None), found(-2.0, 0.5, 0.001), "no"),
         (MATCH, found(-0.3, 0.2, 0.1), "yes"),

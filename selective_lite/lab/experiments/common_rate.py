@@ -1,8 +1,8 @@
-"""Common rate: FISH and random masks, each at the learning rate that the other's sweep chose.
+"""Common rate: FISH and random masks at all learning rates from the best of one to the other's.
 
 A sweep ends where its own best rate is bracketed, so the rates of two methods may not meet. These
-runs add what a comparison at one rate needs. Run this module (part of ``make results``) after
-`reviews` to run what is missing.
+runs add what a comparison at one rate needs, and look beyond the bracket. Run this module (part of
+``make results``) after `reviews` to run what is missing.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import torch
 from . import results, reviews
 from .results import Row
 from .reviews import STUDY
-from .run import trial
+from .run import RATES, trial
 
 NAME = "common_rate"
 PAIR = ("fish", "random")
 
 
 def configs() -> list[dict[str, Any]]:
-    """A method at a budget, at the best rate of the other, if its own sweep has not tried it."""
+    """Each method at a budget, at the rates from its best to the other's that it has not tried."""
     sweeps = results.read(STUDY.name + "_rates")
     at = {(sweep["config"]["method"], sweep["config"]["budget"]): sweep for sweep in sweeps}
     missing = []
     for budget in reviews.BUDGETS:
         for method, other in (PAIR, PAIR[::-1]):
             own, theirs = (at.get((name, budget)) for name in (method, other))
-            if own and theirs and (lr := reviews.rate(theirs)) not in own["rates"]:
-                named = {"method": method, "budget": budget, "seeds": STUDY.tuned_on, "lr": lr}
-                missing.append({**named, **STUDY.data[0]})
+            if own and theirs:
+                low, high = sorted((reviews.rate(own), reviews.rate(theirs)))
+                between = [lr for lr in RATES if low <= lr <= high and lr not in own["rates"]]
+                named = {"method": method, "budget": budget, "seeds": STUDY.tuned_on}
+                missing += [{**named, "lr": lr, **STUDY.data[0]} for lr in between]
     return missing
 
 

@@ -12,7 +12,7 @@ from .comparison import points
 
 HEAD: Cell = ("head", 0.0)
 FULL: Cell = ("full", 1.0)
-LEVEL = "not distinguishable"
+MARGIN = 0.01  # what a cheaper method may lose against the best, of the whole interval
 # What finding a mask costs, from nothing to many passes over the data; in a tie take the first.
 EFFORT = (
     *("random", "magnitude", "sara", "lora_linear", "child_tuning_d", "fish", "spt"),
@@ -31,7 +31,8 @@ class Advice:
     chosen
         The method that validation found best, each at its own rate.
     level
-        The methods that the test split cannot tell from it, itself included, cheapest first.
+        Itself, and the methods that lose less than `MARGIN` against it by their whole interval,
+        cheapest first.
     over_head
         What the first of these gains over the head alone.
     under_full
@@ -53,8 +54,10 @@ class Advice:
 def advice(rows: Iterable[Row], sweeps: Iterable[Row]) -> list[Advice]:
     """Where to start at each budget that has several methods, by the rows of one task.
 
-    Validation names the best method of a budget; the test split then says which others cannot be
-    told from it. P values hold for all of these comparisons together.
+    Validation names the best method of a budget; the test split then says which others are on a
+    level with it: not those that cannot be told from it, which a method may be for its noise, but
+    those whose interval excludes a loss of a point. P values of the verdicts hold for all of these
+    comparisons together.
 
     Parameters
     ----------
@@ -93,7 +96,7 @@ def advice(rows: Iterable[Row], sweeps: Iterable[Row]) -> list[Advice]:
         level = [
             method
             for method in methods
-            if method == chosen or found[(method, budget), first[budget]].verdict == LEVEL
+            if method == chosen or found[(method, budget), first[budget]].interval[0] > -MARGIN
         ]
         start = (level[0], budget)
         advised.append(Advice(budget, chosen, level, found[start, HEAD], found[start, FULL]))
@@ -108,7 +111,7 @@ def lines(found: Iterable[Advice], names: Mapping[str, str], file: str) -> list[
         seeds = min(one.over_head.seeds, one.under_full.seeds)
         said += [
             f"{100 * one.budget:g} %: start with {names[one.start]}",
-            f"    best on validation {names[one.chosen]}; not distinguishable: {level or 'none'}",
+            f"    best on validation {names[one.chosen]}; within a point of it: {level or 'none'}",
             f"    over the head alone {points(one.over_head)}, {one.over_head.verdict}",
             f"    against full {points(one.under_full)}, {one.under_full.verdict}",
             f"    rows: {file}, budget {one.budget:g}, {seeds} seeds; head; full",

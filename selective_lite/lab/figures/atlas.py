@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,9 +36,9 @@ def look(names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 def by_budget(
     ax: Any, rows: Iterable[Row], names: Mapping[str, str], key: str = "accuracy"
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Draw a result against the budget, in percent, with t intervals over seeds as bands.
+    """Draw a result against the budget, in percent, with t intervals over seeds.
 
-    What has one budget (full fine-tuning, the head alone) is a line across.
+    What has one budget (full fine-tuning, the head alone) is a line across, with a band.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ def by_budget(
         For each method what was drawn: ``(budget, mean, reach)`` with means in percent.
     """
     rows, drawn = list(rows), {}
-    looks = look(names)
+    looks, at, order = look(names), set[float](), count()
     for method, name in names.items():
         found = sorted(
             {
@@ -76,12 +77,15 @@ def by_budget(
                 ax.axhspan(mean - reach, mean + reach, color="#333333", alpha=0.1, linewidth=0)
             continue
         budget, mean_, reach_ = np.array(found_at).T
-        ax.plot(100 * budget, mean_, label=name, **looks[method])
+        # Side by side, so that no interval hides another.
+        place = 100 * budget * 1.05 ** (next(order) - 2)
+        ax.plot(place, mean_, label=name, **looks[method])
         color = looks[method]["color"]
-        ax.fill_between(
-            100 * budget, mean_ - reach_, mean_ + reach_, color=color, alpha=0.15, linewidth=0
-        )
+        ax.errorbar(place, mean_, reach_, fmt="none", ecolor=color, elinewidth=1, alpha=0.6)
+        at.update(found)
     ax.set(xscale="log", xlabel="budget in %")
+    ax.set_xticks([100 * b for b in sorted(at)], [f"{100 * b:g}" for b in sorted(at)])
+    ax.minorticks_off()
     return drawn
 
 

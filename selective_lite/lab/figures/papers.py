@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..experiments.intervals import Difference, compared
+from ..experiments.intervals import LEAST, Difference, compared
 from ..experiments.results import Row
 from ..experiments.run import Cell
 from .comparison import points
@@ -153,7 +153,7 @@ def replicated(claim: Claim, found: Difference | None) -> str:
     `MARGIN` lost, and is not if ours is worse, by a verdict and by an interval below zero that
     reaches past the margin.
     """
-    if found is None:
+    if found is None or found.seeds < LEAST:
         return "cannot tell"
     low, high = found.interval
     if claim.better:
@@ -181,7 +181,7 @@ def table(rows: Iterable[Row]) -> str:
         if claim.ours is None:
             ours = "no such comparison here"
         else:
-            ours = points(found) if found else "not in results"
+            ours = f"{points(found)}, {found.seeds} seeds" if found else "not in results"
         lines.append(f"{claim.paper}: {claim.text}")
         lines.append(f"    ours: {ours}. Replicated: {replicated(claim, found)}")
         lines.append(f"    there: {claim.differs}")
