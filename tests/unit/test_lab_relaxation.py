@@ -4,6 +4,7 @@ import pytest
 
 import selective_lite as sl
 from selective_lite.lab.experiments import relaxation, reviews
+from selective_lite.lab.models import load_mean_classifier
 from selective_lite.params import layer_of
 
 SMALL = {"task": "tweets", "train": 48, "validation": 40, "test": 30, "batch": 8, "seed": 0}
@@ -13,14 +14,21 @@ SMALL = {"task": "tweets", "train": 48, "validation": 40, "test": 30, "batch": 8
 def small():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reviews, "TOLD_APART", {"train": 20, "validation": 10, "test": 12})
+        patched.setattr(reviews, "load_mean_classifier", three_layers)
         reviews.prepared.cache_clear()
         yield relaxation.start(SMALL)
     reviews.prepared.cache_clear()
 
 
+def three_layers():
+    model, tokenizer = load_mean_classifier()
+    del model.bert.encoder.layer[3:]
+    return model, tokenizer
+
+
 def test_only_the_upper_layers_are_candidates(small):
     model, _ = small
-    assert {layer_of(name) for name in sl.weights(model)} == {4, 5}
+    assert {layer_of(name) for name in sl.weights(model)} == {1, 2}
     other, _ = reviews.start(SMALL)  # the model that is kept is as it was
     assert all(p.requires_grad for p in other.parameters())
 
