@@ -57,14 +57,9 @@ def rank_for(weight: Tensor, share: float = 0.9) -> int:
     ValueError
         If `share` is not in (0, 1], `weight` is no matrix, or all of it is zero.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be in (0, 1]")
     if weight.dim() != 2 or not weight.any():
         raise ValueError(f"weight must be a matrix that is not zero; shape {tuple(weight.shape)}")
-    squares = torch.linalg.svdvals(weight.detach().double()).square()
-    held = squares.cumsum(0) / squares.sum()
-    # the last may be a rounding error below one
-    return int((held < share - 1e-12).sum()) + 1
+    return _needed(torch.linalg.svdvals(weight.detach().double()).square(), share)
 
 
 def entries_for(weight: Tensor, share: float = 0.9) -> int:
@@ -75,10 +70,16 @@ def entries_for(weight: Tensor, share: float = 0.9) -> int:
     ValueError
         If `share` is not in (0, 1], or all of the weight is zero.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be in (0, 1]")
     if not weight.any():
         raise ValueError("weight must not be zero")
-    squares = weight.detach().double().flatten().square().sort(descending=True).values
+    squares = weight.detach().double().flatten().square()
+    return _needed(squares.sort(descending=True).values, share)
+
+
+def _needed(squares: Tensor, share: float) -> int:
+    """How many of these, the largest first, hold a share of their sum."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be in (0, 1]")
     held = squares.cumsum(0) / squares.sum()
+    # the last may be a rounding error below one
     return int((held < share - 1e-12).sum()) + 1

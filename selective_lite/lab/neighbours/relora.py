@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ...kernels.small import LoRA
 from ...layers.small import adapter_parameters, adapters, add_adapters
 from ...params import owners
-from ...training import Phase, Phases, Step
+from ...training import Phase, Phases, Step, cosine_decay
 
 
 def relora(
@@ -84,7 +84,7 @@ def jagged(progress: float, cycles: int, warmup: float) -> float:
     within = progress * cycles % 1
     if within < warmup:
         return within / warmup
-    return (1 + float(torch.cos(torch.tensor(torch.pi * (within - warmup) / (1 - warmup))))) / 2
+    return cosine_decay((within - warmup) / (1 - warmup))
 
 
 @torch.no_grad()
